@@ -1,0 +1,52 @@
+# make help lists the targets.
+
+SHELL    := bash
+GO       ?= go
+FUZZTIME ?= 30s
+VERSION  ?= $(shell git -c safe.directory='*' describe --tags --always --dirty 2>/dev/null || echo unknown)
+
+# One static binary: no C, no paths of the machine that built it.
+export CGO_ENABLED := 0
+GOBUILD := $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
+
+.PHONY: help build run test race e2e fuzz bench lint cover golden check clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -nE 's/^([a-z0-9]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+build: ## bin/usernet, static
+	$(GOBUILD) -o bin/usernet ./cmd/usernet
+
+run: build ## see it work: a command in a namespace reaches a server of this machine
+	@$(GOBUILD) -o bin/demo ./e2e/demo
+	@bin/demo bin/usernet
+
+test: build ## every test and fuzz target; as root also as an ordinary user, with what is needed installed
+	@FUZZTIME=$(FUZZTIME) .ci/test
+
+e2e: build ## the tests of the built binary only
+	@.ci/test e2e
+
+race: ## every test with the race detector (needs a C compiler)
+	@.ci/test race
+
+fuzz: ## each fuzz target for FUZZTIME (30s)
+	@FUZZTIME=$(FUZZTIME) .ci/test fuzz
+
+bench: ## the packages' microbenchmarks
+	$(GO) test -run '^$$' -bench . -benchmem ./...
+
+lint: ## gofmt, go vet, staticcheck, and who may import whom
+	@.ci/lint
+
+cover: ## coverage.out and a line for each package
+	@.ci/test cover
+
+golden: ## write the golden files anew; look at the diff
+	@.ci/test golden
+
+check: lint test race ## what a change must pass
+
+clean: ## remove what was built
+	rm -rf bin coverage.out
