@@ -1,0 +1,16 @@
+// Command usernet gives a network namespace a working network without root.
+//
+// The files, in the order in which a life passes through them:
+//
+//	main.go      which command; exit statuses
+//	options.go   argv to options, a pure function
+//	flags.go     the flags; help.go their text
+//	plan.go      the addresses of the namespace, a pure function
+//	attach.go    usernet PID|PATH: what the process does before and after the engine
+//	run.go       usernet run: the same around a child process; stage.go is that child,
+//	             etcfiles.go and mounts.go its files, terminal.go its terminal, userns.go its IDs
+//	engine.go    namespace, TAP, stack, forwarder and DNS put together, run and taken down
+//	life.go      what ends a life: signals, a hung-up descriptor, the namespace's end
+//	fds.go       descriptors and files given by flags
+//	sandbox.go   what the process gives up once all is open; caps.go, root.go, landlock.go, seccomp.go its parts
+package main

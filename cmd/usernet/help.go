@@ -1,0 +1,49 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+)
+
+const helpHead = `usernet gives a network namespace a working network, without root.
+
+Usage:
+  usernet run [flags] [-- COMMAND ARG...]   run COMMAND (default $SHELL) in new namespaces with a network
+  usernet [flags] PID|PATH [TAPNAME]        give the network namespace of a process, or at a path, a network
+  usernet version                           print version, compiler and platform
+  usernet help                              print this text
+
+The second form stays in the foreground and ends, with status 0, on SIGTERM or SIGINT, when the process
+ends, or when the path no longer names the namespace. Flags may stand before and after PID|PATH; those of
+run end at COMMAND. --flag=value and --flag value mean the same.
+`
+
+const helpTail = `
+Inside, by default:
+  10.0.2.100  fd00::100   the container
+  10.0.2.2    fd00::2     the gateway; the host's loopback with --host-loopback
+  10.0.2.3    fd00::3     the resolver
+  169.254.1.2 fd00::4     the host at its own addresses: host.containers.internal, host.docker.internal
+
+Namespaces that run makes: user, network and mount. Your user is root inside; started with root's
+capabilities, every user is itself. COMMAND has its own /etc/resolv.conf and /etc/hosts.
+
+Exit status: 0; 1 on failure; 2 on a mistake in the command line. Of run: COMMAND's own, 128+N when
+signal N ended it, 127 when it is not found, 126 when it cannot be executed, 125 on any failure of ours.
+`
+
+// helpText is the whole of "usernet help".
+func helpText() string {
+	var b strings.Builder
+	b.WriteString(helpHead)
+	// The attach form has every flag; those that run lacks are the first group.
+	for _, g := range newFlags(false).groups {
+		title := g.title
+		if title == "Namespace" {
+			title += " (not for run)"
+		}
+		fmt.Fprintf(&b, "\n%s:\n%s", title, g.set.FlagUsagesWrapped(120))
+	}
+	b.WriteString(helpTail)
+	return b.String()
+}

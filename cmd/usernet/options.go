@@ -1,0 +1,194 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+)
+
+// A command is what argv asks for.
+type command int
+
+const (
+	cmdAttach command = iota
+	cmdRun
+	cmdVersion
+	cmdHelp
+)
+
+// options is argv, parsed and checked as far as argv alone can tell.
+type options struct {
+	command command
+
+	// Where to: one of pid and path, for cmdAttach.
+	pid        int
+	path       string
+	usernsPath string // "" asks the kernel
+
+	// argv of the command to run, for cmdRun; never empty then.
+	argv []string
+
+	tapName   string
+	mtu       int // IP MTU, octets
+	mac       net.HardwareAddr
+	configure bool
+	queues    int
+	plan      plan
+
+	hostLoopback bool
+	outbound4    string // "", address or interface
+	outbound6    string
+
+	dns       bool
+	upstreams []netip.AddrPort // empty: those of the host's resolv.conf
+
+	readyFD, exitFD int // -1: none
+	pidFile         string
+
+	logLevel  slog.Level
+	logFormat string
+	pcap      string
+	pcapSize  int64 // octets
+	sandbox   bool
+}
+
+// A usageError is the user's mistake on the command line.
+type usageError struct{ err error }
+
+func (e usageError) Error() string { return e.err.Error() }
+func (e usageError) Unwrap() error { return e.err }
+
+// parse turns argv, without the program's name, into options. It asks nothing of the
+// system; env looks up the environment. Its errors are of type usageError.
+func parse(args []string, env func(string) string) (*options, error) {
+	o, err := parseCommand(args, env)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	return o, nil
+}
+
+func parseCommand(args []string, env func(string) string) (*options, error) {
+	if len(args) == 0 {
+		return nil, errors.New("which namespace? give its PID or path, or: usernet run COMMAND")
+	}
+	switch args[0] {
+	case "help":
+		return &options{command: cmdHelp}, nil
+	case "version":
+		if len(args) > 1 {
+			return nil, fmt.Errorf("version takes no arguments, not %q", args[1])
+		}
+		return &options{command: cmdVersion}, nil
+	case "run":
+		return parseRun(args[1:], env)
+	}
+	return parseAttach(args)
+}
+
+func parseRun(args []string, env func(string) string) (*options, error) {
+	f := newFlags(true)
+	f.set.SetInterspersed(false)
+	if done, err := f.parse(args); done != nil || err != nil {
+		return done, err
+	}
+	o, err := f.options()
+	if err != nil {
+		return nil, err
+	}
+	o.command = cmdRun
+	o.tapName = or(f.tapName, defaultTAP)
+	o.argv = f.set.Args()
+	if len(o.argv) == 0 {
+		o.argv = []string{or(env("SHELL"), "/bin/sh")}
+	}
+	if o.argv[0] == "" {
+		return nil, errors.New("the command's name is empty")
+	}
+	return o, checkTAPName(o.tapName)
+}
+
+func parseAttach(args []string) (*options, error) {
+	f := newFlags(false)
+	if done, err := f.parse(args); done != nil || err != nil {
+		return done, err
+	}
+	o, err := f.options()
+	if err != nil {
+		return nil, err
+	}
+	rest := f.set.Args()
+	where := f.netnsPath
+	if !f.set.Changed("netns-path") {
+		if len(rest) == 0 {
+			return nil, errors.New("which namespace? give its PID or path, or --netns-path")
+		}
+		where, rest = rest[0], rest[1:]
+		if where == "run" || where == "version" || where == "help" {
+			return nil, fmt.Errorf("%q comes before every flag: usernet %[1]s ...; for a file of that name write ./%[1]s", where)
+		}
+		if digits(where) {
+			// The kernel's PIDs end at 2^22 (PID_MAX_LIMIT); what does not fit 31 bits is a slip.
+			pid, err := strconv.ParseInt(where, 10, 32)
+			if err != nil || pid < 1 {
+				return nil, fmt.Errorf("%s is not a PID", where)
+			}
+			o.pid = int(pid)
+		}
+	}
+	if o.pid == 0 {
+		if where == "" {
+			return nil, errors.New("the namespace's path is empty")
+		}
+		o.path = where
+	}
+	o.usernsPath = f.usernsPath
+	name := f.tapName
+	if len(rest) > 0 {
+		if name != "" && name != rest[0] {
+			return nil, fmt.Errorf("two names for the TAP: --tap-name %s and %s", name, rest[0])
+		}
+		name, rest = rest[0], rest[1:]
+		if name == "" {
+			return nil, errors.New("the TAP's name is empty")
+		}
+	}
+	if len(rest) > 0 {
+		return nil, fmt.Errorf("unexpected argument %q", rest[0])
+	}
+	o.tapName = or(name, defaultTAP)
+	return o, checkTAPName(o.tapName)
+}
+
+// checkTAPName holds a name against the kernel's rule, dev_valid_name of net/core/dev.c: the
+// library that makes the device would cut a long one off without a word.
+func checkTAPName(name string) error {
+	switch {
+	case len(name) > 15:
+		return fmt.Errorf("TAP name %s has %d octets; Linux allows 15", name, len(name))
+	case name == "." || name == "..",
+		strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == '/' || r == ':' || r == '%' || r == 0x7f }):
+		return fmt.Errorf("%q cannot name a TAP: no spaces, '/', ':' or '%%'", name)
+	case name == "lo" || name == "all" || name == "default":
+		return fmt.Errorf("%q cannot name a TAP: Linux uses that name itself", name)
+	}
+	return nil
+}
+
+func digits(s string) bool {
+	return s != "" && strings.Trim(s, "0123456789") == ""
+}
+
+// or returns the first string that is not empty.
+func or(ss ...string) string {
+	for _, s := range ss {
+		if s != "" {
+			return s
+		}
+	}
+	return ""
+}
