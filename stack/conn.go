@@ -1,0 +1,288 @@
+package stack
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// Conn is a TCP connection with the container. It is a net.Conn with deadlines and half-close;
+// for speed it also has a side that never blocks: Drain, Fill and OnReady. Errors keep
+// their errno, so errors.Is(err, unix.ECONNRESET) tells an abort from the end of the stream.
+//
+// Local is the address that the container speaks to, Remote is the container's.
+type Conn struct {
+	s             *Stack
+	ep            tcpip.Endpoint
+	wq            *waiter.Queue
+	local, remote netip.AddrPort
+
+	entry waiter.Entry // of OnReady
+	ready func()
+	peek  peeker
+	feed  feeder
+
+	readMu, writeMu             sync.Mutex
+	readDeadline, writeDeadline deadline
+	closeOnce                   sync.Once
+}
+
+func newConn(s *Stack, ep tcpip.Endpoint, wq *waiter.Queue, local, remote netip.AddrPort) *Conn {
+	c := &Conn{s: s, ep: ep, wq: wq, local: local, remote: remote}
+	s.setEndpointOptions(ep)
+	return c
+}
+
+// OnReady has ready called whenever Drain, Fill or an error may have something new, and
+// once before it returns. ready is called with netstack's locks held: it must not block nor call the Conn.
+// It is called no more once Close or Abort has returned. Call OnReady once.
+func (c *Conn) OnReady(ready func()) {
+	c.ready = ready
+	c.entry.Init(c, waiter.AllEvents)
+	c.wq.EventRegister(&c.entry)
+	ready()
+}
+
+// NotifyEvent is netstack's side of OnReady.
+func (c *Conn) NotifyEvent(waiter.EventMask) { c.ready() }
+
+// Drain hands write what the container has sent, in order and without a copy, and
+// drops as many octets as write says it took. write may take fewer, and is called without
+// netstack's locks. n is what was dropped. err is write's, or unix.EAGAIN when nothing is
+// there, io.EOF after the container's FIN, or the errno that ended the connection; write has not been
+// called then. One goroutine at a time may drain or read.
+func (c *Conn) Drain(write func(pieces [][]byte) (int, error)) (n int, err error) {
+	c.peek.reset()
+	if _, terr := c.ep.Read(&c.peek, tcpip.ReadOptions{Peek: true}); terr != nil {
+		return 0, errno(terr)
+	}
+	n, err = write(c.peek.pieces)
+	clear(c.peek.pieces)
+	if n > 0 {
+		c.peek.left = n
+		if _, terr := c.ep.Read((*consumer)(&c.peek), tcpip.ReadOptions{}); terr != nil && err == nil {
+			err = errno(terr)
+		}
+		if m, ok := c.ep.(interface{ ModerateRecvBuf(int) }); ok {
+			m.ModerateRecvBuf(n)
+		}
+	}
+	return n, err
+}
+
+// maxPieces and maxPeek bound one Drain: IOV_MAX is 1024, and one connection must not keep the others waiting.
+const (
+	maxPieces = 64
+	maxPeek   = 1 << 20 // octets
+)
+
+// peeker collects the pieces of a receive queue.
+type peeker struct {
+	pieces [][]byte
+	size   int
+	left   int // of a consumer
+}
+
+func (p *peeker) reset() { p.pieces, p.size = p.pieces[:0], 0 }
+
+func (p *peeker) Write(b []byte) (int, error) {
+	if len(p.pieces) == maxPieces || p.size >= maxPeek {
+		return 0, io.ErrShortWrite
+	}
+	p.pieces = append(p.pieces, b)
+	p.size += len(b)
+	return len(b), nil
+}
+
+// consumer takes left octets out of a receive queue and forgets them.
+type consumer peeker
+
+func (c *consumer) Write(b []byte) (int, error) {
+	if len(b) > c.left {
+		n := c.left
+		c.left = 0
+		return n, io.ErrShortWrite
+	}
+	c.left -= len(b)
+	return len(b), nil
+}
+
+// Fill has read fill buffers with up to n octets and sends them to the container. read
+// is called, possibly more than once, only while there is room, and without netstack's
+// locks; it must have n octets ready, or else end with an error: io.EOF sends what there is.
+// err is read's, or unix.EAGAIN when there is no room, or the errno that ended the
+// connection (read has not been called then). One goroutine at a time may fill or write.
+func (c *Conn) Fill(n int, read func(p []byte) (int, error)) (int, error) {
+	c.feed = feeder{read: read, left: n}
+	sent, terr := c.ep.Write(&c.feed, tcpip.WriteOptions{})
+	err := c.feed.err
+	c.feed = feeder{}
+	switch {
+	case err != nil && err != io.EOF:
+		return int(sent), err
+	case terr != nil:
+		return int(sent), errno(terr)
+	}
+	return int(sent), nil
+}
+
+// feeder is the tcpip.Payloader of Fill.
+type feeder struct {
+	read func([]byte) (int, error)
+	left int
+	err  error
+}
+
+func (f *feeder) Len() int { return f.left }
+
+func (f *feeder) Read(p []byte) (int, error) {
+	if f.left == 0 || f.err != nil {
+		return 0, io.EOF
+	}
+	n, err := f.read(p[:min(len(p), f.left)])
+	f.left -= n
+	if err != nil {
+		f.err = err
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+// Close ends the connection in order: what was written is still delivered, then FIN. What the
+// container sends from now on is answered with RST.
+func (c *Conn) Close() error {
+	c.closeOnce.Do(func() {
+		c.unregister()
+		c.ep.Close()
+		c.readDeadline.close()
+		c.writeDeadline.close()
+	})
+	return nil
+}
+
+// Abort ends the connection with RST.
+func (c *Conn) Abort() {
+	c.closeOnce.Do(func() {
+		c.unregister()
+		c.ep.Abort()
+		c.ep.Close()
+		c.readDeadline.close()
+		c.writeDeadline.close()
+	})
+}
+
+func (c *Conn) unregister() {
+	if c.ready != nil {
+		c.wq.EventUnregister(&c.entry)
+	}
+}
+
+// CloseWrite sends FIN after what was written; reading goes on.
+func (c *Conn) CloseWrite() error {
+	return errno(c.ep.Shutdown(tcpip.ShutdownWrite))
+}
+
+// CloseRead ends reading; writing goes on.
+func (c *Conn) CloseRead() error {
+	return errno(c.ep.Shutdown(tcpip.ShutdownRead))
+}
+
+func (c *Conn) Read(b []byte) (int, error) {
+	c.readMu.Lock()
+	defer c.readMu.Unlock()
+	if len(b) == 0 {
+		return 0, nil
+	}
+	w := tcpip.SliceWriter(b)
+	for {
+		if c.readDeadline.passed() {
+			return 0, c.timeout("read", &c.readDeadline)
+		}
+		entry, ch := waiter.NewChannelEntry(waiter.ReadableEvents | waiter.EventHUp | waiter.EventErr)
+		c.wq.EventRegister(&entry)
+		res, terr := c.ep.Read(&w, tcpip.ReadOptions{})
+		if _, again := terr.(*tcpip.ErrWouldBlock); !again {
+			c.wq.EventUnregister(&entry)
+			if terr != nil {
+				return 0, c.wrap("read", errno(terr))
+			}
+			if m, ok := c.ep.(interface{ ModerateRecvBuf(int) }); ok {
+				m.ModerateRecvBuf(res.Count)
+			}
+			return res.Count, nil
+		}
+		select {
+		case <-ch:
+		case <-c.readDeadline.wait():
+		}
+		c.wq.EventUnregister(&entry)
+	}
+}
+
+func (c *Conn) Write(b []byte) (int, error) {
+	c.writeMu.Lock()
+	defer c.writeMu.Unlock()
+	done := 0
+	for done < len(b) {
+		if c.writeDeadline.passed() {
+			return done, c.timeout("write", &c.writeDeadline)
+		}
+		entry, ch := waiter.NewChannelEntry(waiter.WritableEvents | waiter.EventHUp | waiter.EventErr)
+		c.wq.EventRegister(&entry)
+		n, terr := c.ep.Write(bytes.NewReader(b[done:]), tcpip.WriteOptions{})
+		done += int(n)
+		if _, again := terr.(*tcpip.ErrWouldBlock); again {
+			select {
+			case <-ch:
+			case <-c.writeDeadline.wait():
+			}
+		}
+		c.wq.EventUnregister(&entry)
+		if _, again := terr.(*tcpip.ErrWouldBlock); terr != nil && !again {
+			return done, c.wrap("write", errno(terr))
+		}
+	}
+	return done, nil
+}
+
+func (c *Conn) LocalAddr() net.Addr  { return net.TCPAddrFromAddrPort(c.local) }
+func (c *Conn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.remote) }
+
+func (c *Conn) SetDeadline(t time.Time) error {
+	c.readDeadline.set(t)
+	c.writeDeadline.set(t)
+	return nil
+}
+
+func (c *Conn) SetReadDeadline(t time.Time) error {
+	c.readDeadline.set(t)
+	return nil
+}
+
+func (c *Conn) SetWriteDeadline(t time.Time) error {
+	c.writeDeadline.set(t)
+	return nil
+}
+
+// wrap gives err the form that package net's connections use; io.EOF stays bare.
+func (c *Conn) wrap(op string, err error) error {
+	if err == nil || err == io.EOF {
+		return err
+	}
+	return &net.OpError{Op: op, Net: "tcp", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: err}
+}
+
+// timeout tells a passed deadline from Close, which also lets one pass.
+func (c *Conn) timeout(op string, d *deadline) error {
+	if d.isClosed() {
+		return c.wrap(op, net.ErrClosed)
+	}
+	return c.wrap(op, os.ErrDeadlineExceeded)
+}

@@ -1,0 +1,266 @@
+package stack
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+const (
+	// headLen is how much of a frame goes to a buffer of its own. A datagram of an
+	// ordinary Ethernet fits whole, so that a batch of them needs no copies.
+	headLen = 2048
+
+	// tailLen holds the rest of the longest frame: 65535 octets of IP packet behind
+	// the Ethernet header, less the head.
+	tailLen = 65536
+
+	// batchLen is how many datagrams are handed on at once: as many as one UDP_SEGMENT
+	// train to the host may have.
+	batchLen = 64
+
+	// copyLimit: a frame up to this length, in octets, is copied into a buffer of its own size for
+	// netstack. Above it netstack keeps the tail buffer itself and the reader takes
+	// another one. A segment that waits for a slow host would pin 64 KiB otherwise.
+	copyLimit = 16 << 10
+)
+
+// reader takes frames from one device, in this order:
+//
+//	device ─ read ─ verify ─┬─ UDP, whole ────────── batch ── Handler.ServeUDP
+//	                        ├─ echo request, whole ────────── Handler.ServeEcho
+//	                        ├─ router solicitation, DHCP ──── answered here
+//	                        └─ the rest (TCP, ARP, ND, fragments, own addresses) ── netstack
+//
+// What netstack reassembles comes back through its transport handlers (transport.go).
+type reader struct {
+	s    *Stack
+	dev  Device
+	vec  [3][]byte
+	hdr  [HeaderLen]byte
+	tail *buffer.View
+
+	heads  [batchLen][]byte
+	batch  []Datagram
+	pieces [batchLen][2][]byte
+
+	lastSrc netip.Addr // the neighbour that was learnt last, so that a flow asks the table once
+	lastMAC hardwareAddr
+}
+
+func newReader(s *Stack, dev Device) *reader {
+	r := &reader{s: s, dev: dev, batch: make([]Datagram, 0, batchLen)}
+	slab := make([]byte, batchLen*headLen)
+	for i := range r.heads {
+		r.heads[i] = slab[i*headLen : (i+1)*headLen : (i+1)*headLen]
+	}
+	r.tail = buffer.NewViewSize(tailLen)
+	r.vec[0] = r.hdr[:]
+	return r
+}
+
+// run reads until the device is closed.
+func (r *reader) run() error {
+	defer func() { r.tail.Release() }()
+	for {
+		r.vec[1], r.vec[2] = r.heads[len(r.batch)], r.tail.AsSlice()
+		n, err := r.dev.Read(r.vec[:])
+		switch {
+		case err == nil:
+			r.frame(n)
+			if len(r.batch) == batchLen {
+				r.flush()
+			}
+		case errors.Is(err, unix.EAGAIN):
+			r.flush()
+			if err := r.dev.Wait(); err != nil {
+				return closedIsNil(err)
+			}
+		case errors.Is(err, unix.EINTR):
+		default:
+			return closedIsNil(err)
+		}
+	}
+}
+
+func closedIsNil(err error) error {
+	if errors.Is(err, os.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// flush hands the batch on. Payloads are ours again afterwards.
+func (r *reader) flush() {
+	if len(r.batch) == 0 {
+		return
+	}
+	r.s.handler.ServeUDP(r.batch)
+	r.batch = r.batch[:0]
+}
+
+// frame takes one frame of n octets, header included, that lies in vec.
+func (r *reader) frame(n int) {
+	c := &r.s.stats
+	c.FramesIn.Add(1)
+	n -= HeaderLen
+	if n < ethernetLen || n > headLen+tailLen {
+		c.Malformed.Add(1)
+		return
+	}
+	c.OctetsIn.Add(uint64(n))
+	f := frame{vnet: decodeVnetHeader(r.hdr[:]), head: r.vec[1][:min(n, headLen)]}
+	if n > headLen {
+		f.tail = r.vec[2][:n-headLen]
+	}
+	dst := hardwareAddr(f.head[0:6])
+	if dst[0]&1 == 0 && dst != r.s.mac {
+		c.NotForUs.Add(1)
+		return
+	}
+	if !f.parse() {
+		c.Malformed.Add(1)
+		return
+	}
+	if f.ethertype == 0 {
+		c.NotForUs.Add(1)
+		return
+	}
+	if f.src.IsValid() {
+		if !r.learn(f.src, hardwareAddr(f.head[6:12])) {
+			c.Malformed.Add(1)
+			return
+		}
+		if !f.verify() {
+			c.BadChecksum.Add(1)
+			return
+		}
+		if r.dispatch(&f) {
+			return
+		}
+	}
+	r.toNetstack(&f, n)
+}
+
+// learn notes the sender's hardware address, and refuses senders that cannot be anybody:
+// an answer to them would go astray or come back to us (RFC 1122 §3.2.1.3).
+func (r *reader) learn(src netip.Addr, mac hardwareAddr) bool {
+	if src == r.lastSrc && mac == r.lastMAC {
+		return true
+	}
+	if mac[0]&1 != 0 || src.IsLoopback() || src.IsMulticast() || r.s.own[src] || src == broadcast4 {
+		return false
+	}
+	if !src.IsUnspecified() {
+		r.s.neighbours.learn(src, mac)
+		r.lastSrc, r.lastMAC = src, mac
+	}
+	return true
+}
+
+// dispatch handles what does not need netstack, and reports whether it did.
+func (r *reader) dispatch(f *frame) bool {
+	if f.fragment {
+		return false
+	}
+	switch f.proto {
+	case uint8(header.UDPProtocolNumber):
+		return r.datagram(f)
+	case uint8(header.ICMPv4ProtocolNumber):
+		return r.echo4(f)
+	case uint8(header.ICMPv6ProtocolNumber):
+		return r.icmp6(f)
+	}
+	return false
+}
+
+// datagram appends f to the batch. Ports that somebody listens on at our own addresses are netstack's.
+func (r *reader) datagram(f *frame) bool {
+	h := f.transport()
+	if len(h) < header.UDPMinimumSize {
+		r.s.stats.Malformed.Add(1)
+		return true
+	}
+	udp := header.UDP(h)
+	d := Datagram{
+		Src: netip.AddrPortFrom(f.src, udp.SourcePort()),
+		Dst: netip.AddrPortFrom(f.dst, udp.DestinationPort()),
+		TTL: f.ttl, TOS: f.tos,
+	}
+	if r.s.own[f.dst] && r.s.listens(d.Dst) {
+		return false
+	}
+	length := f.ipPayloadLen() - header.UDPMinimumSize
+	switch {
+	case f.vnet.gsoType&^vnetGSOECN == vnetGSOUDPL4:
+		// A train: the kernel leaves the whole super-datagram's length in the UDP header.
+		d.Segment = int(f.vnet.gsoSize)
+		if d.Segment == 0 || length == 0 || (length+d.Segment-1)/d.Segment > batchLen {
+			r.s.stats.Malformed.Add(1)
+			return true
+		}
+		if length <= d.Segment {
+			d.Segment = 0
+		}
+	default:
+		l := int(udp.Length()) - header.UDPMinimumSize
+		if l < 0 || l > length {
+			r.s.stats.Malformed.Add(1)
+			return true
+		}
+		length = l // octets behind it are padding of a short Ethernet frame
+	}
+	p := &r.pieces[len(r.batch)]
+	first := h[header.UDPMinimumSize:]
+	if length <= len(first) {
+		p[0] = first[:length]
+		d.Payload = p[:1]
+	} else {
+		p[0], p[1] = first, f.tail[:length-len(first)]
+		d.Payload = p[:2]
+	}
+	r.s.stats.DatagramsIn.Add(1)
+	if r.s.gatewayUDP(&d) {
+		return true
+	}
+	r.batch = append(r.batch, d)
+	if len(f.tail) > 0 {
+		r.flush() // the one tail is needed for the next frame
+	}
+	return true
+}
+
+// toNetstack gives f to netstack as a packet of its own.
+func (r *reader) toNetstack(f *frame, n int) {
+	dispatcher := r.s.link.dispatcher.Load()
+	if dispatcher == nil {
+		return
+	}
+	var payload buffer.Buffer
+	if n <= copyLimit {
+		v := buffer.NewView(n)
+		v.Write(f.head)
+		v.Write(f.tail)
+		payload = buffer.MakeWithView(v)
+	} else {
+		payload = buffer.MakeWithData(f.head)
+		r.tail.CapLength(len(f.tail))
+		if err := payload.Append(r.tail); err != nil {
+			panic(err) // the view is ours and not part of another buffer
+		}
+		r.tail = buffer.NewViewSize(tailLen)
+	}
+	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: payload})
+	defer pkt.DecRef()
+	if _, ok := pkt.LinkHeader().Consume(ethernetLen); !ok {
+		return
+	}
+	pkt.NetworkProtocolNumber = tcpip.NetworkProtocolNumber(f.ethertype)
+	(*dispatcher).DeliverNetworkPacket(pkt.NetworkProtocolNumber, pkt)
+}
