@@ -9,7 +9,9 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
@@ -25,8 +27,7 @@ type Conn struct {
 	local, remote netip.AddrPort
 
 	entry waiter.Entry // of OnReady
-	ready func()
-	peek  peeker
+	ready func(Readiness)
 	feed  feeder
 
 	readMu, writeMu             sync.Mutex
@@ -40,18 +41,39 @@ func newConn(s *Stack, ep tcpip.Endpoint, wq *waiter.Queue, local, remote netip.
 	return c
 }
 
-// OnReady has ready called whenever Drain, Fill or an error may have something new, and
-// once before it returns. ready is called with netstack's locks held: it must not block nor call the Conn.
-// It is called no more once Close or Abort has returned. Call OnReady once.
-func (c *Conn) OnReady(ready func()) {
+// Readiness says which side of a Conn may have something new.
+type Readiness uint8
+
+const (
+	ReadyIn  Readiness = 1 << iota // Drain may have octets, or the end of them
+	ReadyOut                       // Fill may have room
+	ReadyErr                       // the connection has ended, in order or not
+)
+
+// OnReady has ready called whenever something may be new, and once with all of it before
+// OnReady returns. ready is called with netstack's locks held: it must not block nor call the Conn.
+// It is called no more once Close or Abort has returned. Call OnReady at most once.
+func (c *Conn) OnReady(ready func(Readiness)) {
 	c.ready = ready
 	c.entry.Init(c, waiter.AllEvents)
 	c.wq.EventRegister(&c.entry)
-	ready()
+	ready(ReadyIn | ReadyOut | ReadyErr)
 }
 
 // NotifyEvent is netstack's side of OnReady.
-func (c *Conn) NotifyEvent(waiter.EventMask) { c.ready() }
+func (c *Conn) NotifyEvent(mask waiter.EventMask) {
+	var r Readiness
+	if mask&(waiter.ReadableEvents|waiter.EventRdHUp) != 0 {
+		r |= ReadyIn
+	}
+	if mask&waiter.WritableEvents != 0 {
+		r |= ReadyOut
+	}
+	if mask&(waiter.EventErr|waiter.EventHUp) != 0 {
+		r |= ReadyErr
+	}
+	c.ready(r)
+}
 
 // Drain hands write what the container has sent, in order and without a copy, and
 // drops as many octets as write says it took. write may take fewer, and is called without
@@ -59,22 +81,41 @@ func (c *Conn) NotifyEvent(waiter.EventMask) { c.ready() }
 // there, io.EOF after the container's FIN, or the errno that ended the connection; write has not been
 // called then. One goroutine at a time may drain or read.
 func (c *Conn) Drain(write func(pieces [][]byte) (int, error)) (n int, err error) {
-	c.peek.reset()
-	if _, terr := c.ep.Read(&c.peek, tcpip.ReadOptions{Peek: true}); terr != nil {
+	p := c.s.peekers.Get().(*peeker)
+	defer c.s.peekers.Put(p)
+	p.pieces, p.size = p.pieces[:0], 0
+	if _, terr := c.ep.Read(p, tcpip.ReadOptions{Peek: true}); terr != nil {
 		return 0, errno(terr)
 	}
-	n, err = write(c.peek.pieces)
-	clear(c.peek.pieces)
+	n, err = write(p.pieces)
+	clear(p.pieces)
 	if n > 0 {
-		c.peek.left = n
-		if _, terr := c.ep.Read((*consumer)(&c.peek), tcpip.ReadOptions{}); terr != nil && err == nil {
+		p.left = n
+		if _, terr := c.ep.Read((*consumer)(p), tcpip.ReadOptions{}); terr != nil && err == nil {
 			err = errno(terr)
 		}
-		if m, ok := c.ep.(interface{ ModerateRecvBuf(int) }); ok {
-			m.ModerateRecvBuf(n)
-		}
+		c.moderate(n)
 	}
 	return n, err
+}
+
+// Err returns what ended the connection before its time (unix.ECONNRESET after the container's
+// RST, unix.ETIMEDOUT when it has gone silent), and nil while it stands or after an orderly end.
+func (c *Conn) Err() error {
+	if tcp.EndpointState(c.ep.State()) != tcp.StateError {
+		return nil
+	}
+	if err := c.ep.LastError(); err != nil {
+		return errno(err)
+	}
+	return unix.ECONNRESET
+}
+
+// moderate lets netstack grow the receive window with what was read.
+func (c *Conn) moderate(n int) {
+	if m, ok := c.ep.(interface{ ModerateRecvBuf(int) }); ok {
+		m.ModerateRecvBuf(n)
+	}
 }
 
 // maxPieces and maxPeek bound one Drain: IOV_MAX is 1024, and one connection must not keep the others waiting.
@@ -83,14 +124,12 @@ const (
 	maxPeek   = 1 << 20 // octets
 )
 
-// peeker collects the pieces of a receive queue.
+// peeker collects the pieces of a receive queue. Peekers are shared: an idle connection needs none.
 type peeker struct {
 	pieces [][]byte
 	size   int
 	left   int // of a consumer
 }
-
-func (p *peeker) reset() { p.pieces, p.size = p.pieces[:0], 0 }
 
 func (p *peeker) Write(b []byte) (int, error) {
 	if len(p.pieces) == maxPieces || p.size >= maxPeek {
@@ -213,9 +252,7 @@ func (c *Conn) Read(b []byte) (int, error) {
 			if terr != nil {
 				return 0, c.wrap("read", errno(terr))
 			}
-			if m, ok := c.ep.(interface{ ModerateRecvBuf(int) }); ok {
-				m.ModerateRecvBuf(res.Count)
-			}
+			c.moderate(res.Count)
 			return res.Count, nil
 		}
 		select {

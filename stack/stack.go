@@ -70,6 +70,7 @@ type Stack struct {
 	listeners sync.Map            // netip.AddrPort of UDP ports taken by ListenPacket
 	tcp       *tcpRequests
 
+	peekers    sync.Pool // *peeker
 	neighbours neighbours
 	stats      counters
 	ipID       atomic.Uint32
@@ -90,6 +91,7 @@ func New(cfg Config, devs []Device, h Handler) (*Stack, error) {
 		own: make(map[netip.Addr]bool),
 	}
 	s.neighbours.init()
+	s.peekers.New = func() any { return new(peeker) }
 	s.ipID.Store(rand.Uint32())
 	s.link = newLink(devs, tcpip.LinkAddress(cfg.MAC), cfg.MTU, &s.stats)
 	s.ns = stack.New(stack.Options{

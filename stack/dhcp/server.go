@@ -14,7 +14,6 @@ import (
 	"math"
 	"net"
 	"net/netip"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -319,4 +318,4 @@ func addrOf(ip net.IP) netip.Addr {
 	return a
 }
 
-func unset(ip net.IP) bool { return slices.Max(append(slices.Clone([]byte(ip)), 0)) == 0 }
+func unset(ip net.IP) bool { return len(ip) == 0 || ip.IsUnspecified() }

@@ -1,0 +1,118 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+	"usernet/stack"
+)
+
+// End is the container's end of a connection; *stack.Conn is one and says what the methods do.
+type End interface {
+	Drain(write func(pieces [][]byte) (int, error)) (int, error)
+	Fill(n int, read func(p []byte) (int, error)) (int, error)
+	OnReady(func(stack.Readiness))
+	Err() error
+	CloseWrite() error
+	Close() error
+	Abort()
+}
+
+// maxWorkers: more cores than this are rather needed by netstack and the host's kernel.
+const maxWorkers = 4
+
+// Loop relays any number of connections. Make it with NewLoop, then call Run.
+type Loop struct {
+	workers []*worker
+	next    atomic.Uint32
+	stats   counters
+}
+
+type counters struct {
+	active, joined, aborted atomic.Int64
+	octetsOut, octetsIn     atomic.Uint64
+}
+
+// Stats is a snapshot of what a Loop has counted.
+type Stats struct {
+	Active, Joined      int64  // connections now, and in all
+	Aborted             int64  // of these, ended by RST or an error of either end
+	OctetsOut, OctetsIn uint64 // container → host, host → container
+}
+
+// Stats may be called by any goroutine.
+func (l *Loop) Stats() Stats {
+	return Stats{
+		Active: l.stats.active.Load(), Joined: l.stats.joined.Load(), Aborted: l.stats.aborted.Load(),
+		OctetsOut: l.stats.octetsOut.Load(), OctetsIn: l.stats.octetsIn.Load(),
+	}
+}
+
+// NewLoop opens what the workers need; nothing runs before Run, whose end closes it.
+func NewLoop() (*Loop, error) {
+	l := &Loop{}
+	for range min(runtime.GOMAXPROCS(0), maxWorkers) {
+		w, err := newWorker(l)
+		if err != nil {
+			for _, w := range l.workers {
+				w.close()
+			}
+			return nil, fmt.Errorf("make a relay worker: %w", err)
+		}
+		l.workers = append(l.workers, w)
+	}
+	return l, nil
+}
+
+// Run relays until ctx ends, then aborts what is left, on both ends. It can be called once.
+func (l *Loop) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	errs := make([]error, len(l.workers))
+	for i, w := range l.workers {
+		wg.Go(func() { errs[i] = w.run(ctx) })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// ErrStopped is what Join returns once Run has ended.
+var ErrStopped = errors.New("relay has stopped")
+
+// Join relays between end and the connected TCP socket fd from now on. Both belong to the Loop
+// afterwards, also when it returns an error (they are aborted then); done, if not nil, is
+// called when both have been closed, err being nil for an orderly end. done must not block.
+func (l *Loop) Join(end End, fd int, done func(err error)) error {
+	s := &stream{end: end, fd: fd, done: done, w: l.worker()}
+	l.stats.joined.Add(1)
+	l.stats.active.Add(1)
+	// Until the socket is watched too, s counts as queued already, so that nobody pumps it.
+	s.queued.Store(true)
+	end.OnReady(s.onReady)
+	if err := s.w.add(s); err != nil {
+		s.finish(err)
+		return err
+	}
+	s.queued.Store(false)
+	s.w.enqueue(s)
+	return nil
+}
+
+// worker picks the worker for another socket.
+func (l *Loop) worker() *worker { return l.workers[l.next.Add(1)%uint32(len(l.workers))] }
+
+// prepare sets on a socket what a relay needs. TCP_NODELAY: Nagle's delay is the sender's business.
+// OOBINLINE: an urgent octet stays in its place. Keepalive with the host's own times finds peers that vanished.
+func prepare(fd int) error {
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return err
+	}
+	_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+	return nil
+}

@@ -1,0 +1,258 @@
+package relay
+
+import (
+	"errors"
+	"io"
+	"os"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+	"usernet/stack"
+)
+
+const (
+	// turn is how many reads or writes a stream may do before the others have theirs.
+	turn = 4
+
+	// maxRead is how much is read from a socket at once, octets: a few super-segments.
+	maxRead = 256 << 10
+)
+
+// stream is one connection. Its worker alone touches it, but for the atomic fields.
+//
+// Each direction ends by itself (outDone, inDone); the stream ends when both have, or at
+// once when either end is reset.
+type stream struct {
+	end  End
+	fd   int
+	w    *worker
+	id   uint64
+	done func(error)
+
+	hostEvents uint32 // of epoll, since the last pump
+	readable   bool   // the socket may have octets or its end
+	writable   bool   // the socket may take octets
+	hangup     bool   // the socket's peer has sent FIN: read until the end shows
+	outDone    bool   // container → host: FIN passed on
+	inDone     bool   // host → container: FIN passed on
+	finished   bool
+
+	queued    atomic.Bool
+	endFailed atomic.Bool // the container's end said ReadyErr
+	wantRoom  atomic.Bool // Fill found no room
+}
+
+// onReady is called under netstack's locks.
+func (s *stream) onReady(r stack.Readiness) {
+	if r&stack.ReadyErr != 0 {
+		s.endFailed.Store(true)
+	}
+	if r == stack.ReadyOut && !s.wantRoom.Load() {
+		return // an acknowledgement; nobody waits for room
+	}
+	s.w.enqueue(s)
+}
+
+// pump moves what can be moved, within a turn.
+func (s *stream) pump() {
+	s.queued.Store(false)
+	if s.finished {
+		return
+	}
+	if ev := s.hostEvents; ev != 0 {
+		s.hostEvents = 0
+		s.readable = s.readable || ev&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0
+		s.writable = s.writable || ev&unix.EPOLLOUT != 0
+		s.hangup = s.hangup || ev&(unix.EPOLLRDHUP|unix.EPOLLHUP) != 0
+		if ev&unix.EPOLLERR != 0 {
+			if err := socketError(s.fd); err != nil {
+				s.finish(err)
+				return
+			}
+		}
+	}
+	if s.endFailed.Swap(false) {
+		if err := s.end.Err(); err != nil {
+			s.finish(err)
+			return
+		}
+	}
+	moreOut, err := s.outbound()
+	if err != nil {
+		s.finish(err)
+		return
+	}
+	moreIn, err := s.inbound()
+	if err != nil {
+		s.finish(err)
+		return
+	}
+	switch {
+	case s.outDone && s.inDone:
+		s.finish(nil)
+	case moreOut || moreIn:
+		s.w.enqueue(s)
+	}
+}
+
+// outbound moves octets from the container to the host; more: there may be some left.
+func (s *stream) outbound() (more bool, err error) {
+	for range turn {
+		if s.outDone || !s.writable {
+			return false, nil
+		}
+		s.w.hostErr = nil
+		n, err := s.end.Drain(s.w.write)
+		s.w.loop.stats.octetsOut.Add(uint64(n))
+		switch {
+		case s.w.hostErr != nil:
+			return false, s.w.hostErr
+		case err == nil:
+		case err == unix.EAGAIN:
+			return false, nil
+		case err == io.EOF:
+			s.outDone = true
+			if err := unix.Shutdown(s.fd, unix.SHUT_WR); err != nil && err != unix.ENOTCONN {
+				return false, os.NewSyscallError("shutdown", err)
+			}
+			return false, nil
+		default:
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// inbound moves octets from the host to the container.
+func (s *stream) inbound() (more bool, err error) {
+	for range turn {
+		if s.inDone || !s.readable {
+			return false, nil
+		}
+		n, err := unix.IoctlGetInt(s.fd, unix.SIOCINQ)
+		if err != nil {
+			return false, os.NewSyscallError("ioctl SIOCINQ", err)
+		}
+		if n == 0 {
+			if err := s.emptyOrEnd(); err != nil {
+				return false, err
+			}
+			continue
+		}
+		s.w.hostErr = nil
+		s.wantRoom.Store(true)
+		took, err := s.end.Fill(min(n, maxRead), s.w.read)
+		s.w.loop.stats.octetsIn.Add(uint64(took))
+		switch {
+		case s.w.hostErr != nil:
+			return false, s.w.hostErr
+		case err == unix.EAGAIN:
+			return false, nil
+		case err != nil:
+			return false, err
+		}
+		s.wantRoom.Store(false)
+		if took == n && !s.hangup {
+			s.readable = false // what comes later is a new edge
+		}
+	}
+	return s.readable, nil
+}
+
+// emptyOrEnd tells a socket with nothing to read from one whose peer has sent FIN.
+func (s *stream) emptyOrEnd() error {
+	var b [1]byte
+	n, _, err := unix.Recvfrom(s.fd, b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	switch {
+	case err == unix.EAGAIN, err == unix.EINTR:
+		s.readable = err == unix.EINTR
+		return nil
+	case err != nil:
+		return os.NewSyscallError("recv", err)
+	case n == 0:
+		s.inDone = true
+		if err := s.end.CloseWrite(); err != nil && !errors.Is(err, unix.ENOTCONN) {
+			return err
+		}
+	}
+	return nil
+}
+
+// finish closes both ends: in order for a nil err, else with RST.
+func (s *stream) finish(err error) {
+	if s.finished {
+		return
+	}
+	s.finished = true
+	s.w.remove(s)
+	stats := &s.w.loop.stats
+	if err == nil {
+		_ = s.end.Close()
+	} else {
+		stats.aborted.Add(1)
+		s.end.Abort()
+		_ = unix.SetsockoptLinger(s.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	}
+	_ = unix.Close(s.fd)
+	stats.active.Add(-1)
+	if s.done != nil {
+		s.done(err)
+	}
+}
+
+// socketError takes the error that is pending on a socket.
+func socketError(fd int) error {
+	v, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+	if err != nil {
+		return os.NewSyscallError("getsockopt SO_ERROR", err)
+	}
+	if v != 0 {
+		return unix.Errno(v)
+	}
+	return nil
+}
+
+// writeHost is the write of cur's Drain: one writev.
+func (w *worker) writeHost(pieces [][]byte) (int, error) {
+	w.iov = w.iov[:0]
+	for _, p := range pieces {
+		v := unix.Iovec{Base: unsafe.SliceData(p)}
+		v.SetLen(len(p))
+		w.iov = append(w.iov, v)
+	}
+	for {
+		n, _, e := unix.Syscall(unix.SYS_WRITEV, uintptr(w.cur.fd), uintptr(unsafe.Pointer(unsafe.SliceData(w.iov))), uintptr(len(w.iov)))
+		switch e {
+		case 0:
+			clear(w.iov)
+			return int(n), nil
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			w.cur.writable = false // an edge tells when it is again
+			clear(w.iov)
+			return 0, unix.EAGAIN
+		}
+		clear(w.iov)
+		w.hostErr = os.NewSyscallError("writev", e)
+		return 0, w.hostErr
+	}
+}
+
+// readHost is the read of cur's Fill: SIOCINQ has promised len(p) octets.
+func (w *worker) readHost(p []byte) (int, error) {
+	for {
+		n, err := unix.Read(w.cur.fd, p)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			w.hostErr = os.NewSyscallError("read", err)
+			return 0, w.hostErr
+		case n == 0:
+			return 0, io.EOF
+		}
+		return n, nil
+	}
+}
