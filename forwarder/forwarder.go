@@ -1,0 +1,206 @@
+// Package forwarder carries what a container sends to the host's sockets and back: the policy,
+// TCP, UDP and ICMP echo. It knows neither frames nor gVisor.
+package forwarder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"usernet/stack"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Stack is where answers to the container go; *stack.Stack is one. None of its methods
+// may block or keep what it is given.
+type Stack interface {
+	SendUDP(d *stack.Datagram) error
+	SendEchoReply(e stack.Echo) error
+	SendICMP(e *stack.ICMPError) error
+}
+
+// A Config is what a Forwarder needs to know.
+type Config struct {
+	Policy   Policy
+	Outbound Outbound
+	Log      *slog.Logger // nil: none
+
+	UDP  UDPConfig
+	Echo EchoConfig
+	TCP  TCPConfig
+
+	// MaxFiles is the most files of the host that flows may hold open; see LimitsFor.
+	MaxFiles int
+}
+
+// A Forwarder is the stack.Handler that reaches the world through the host's sockets.
+//
+// Life: New, Bind, then Run beside the stack's own Run. What the container sends before
+// Bind or after Run has ended is dropped.
+type Forwarder struct {
+	cfg    Config
+	limits Limits
+	log    *slog.Logger
+	hosts  HostAddresses
+	now    func() int64 // nanoseconds of a clock that only goes forward, from 1 on
+
+	stack Stack
+
+	udp, echo     kind
+	poller        *poller
+	receiver      *receiver
+	senders       senders
+	pingForbidden sync.Once
+	filesLogged   atomic.Int64
+	due           []*flow
+	closing       sync.Once
+}
+
+// errStopped is why there is no flow when the Forwarder is not (or no longer) at work.
+var errStopped = errors.New("forwarder is stopped")
+
+// New opens what a Forwarder needs and starts nothing. Run closes it, or Close where
+// Run is never called.
+func New(cfg Config) (*Forwarder, error) {
+	if err := cfg.Outbound.Check(); err != nil {
+		return nil, err
+	}
+	limits := LimitsFor(cfg.MaxFiles)
+	cfg.UDP, cfg.Echo = cfg.UDP.withDefaults(limits), cfg.Echo.withDefaults(limits)
+	start := time.Now()
+	f := &Forwarder{
+		cfg:    cfg,
+		limits: limits,
+		log:    cfg.Log,
+		now:    func() int64 { return 1 + int64(time.Since(start)) },
+		stack:  unbound{},
+	}
+	if f.log == nil {
+		f.log = slog.New(slog.DiscardHandler)
+	}
+	f.udp.maxPeers, f.udp.idle, f.udp.open, f.udp.read = cfg.UDP.MaxPeers, f.idleUDP, f.openUDP, f.readUDP
+	f.echo.maxPeers, f.echo.idle, f.echo.open, f.echo.read = cfg.Echo.MaxPeers, f.idleEcho, f.openEcho, f.readEcho
+	f.udp.table, f.echo.table = newTable(cfg.UDP.MaxFlows, f.now()), newTable(cfg.Echo.MaxFlows, f.now())
+	var err error
+	if f.poller, err = newPoller(); err != nil {
+		return nil, fmt.Errorf("forwarder: %w", err)
+	}
+	if f.receiver, err = newReceiver(); err != nil {
+		f.poller.close()
+		return nil, fmt.Errorf("forwarder: %w", err)
+	}
+	return f, nil
+}
+
+// Unbound is the Stack before Bind.
+type unbound struct{}
+
+func (unbound) SendUDP(*stack.Datagram) error   { return errStopped }
+func (unbound) SendEchoReply(stack.Echo) error  { return errStopped }
+func (unbound) SendICMP(*stack.ICMPError) error { return errStopped }
+
+// Bind tells where answers go. It is called once, before Run and before the stack runs.
+func (f *Forwarder) Bind(s Stack) { f.stack = s }
+
+// Run forwards until ctx ends, and returns when all it has begun has ended. It is called once.
+func (f *Forwarder) Run(ctx context.Context) error {
+	defer f.Close()
+	if err := f.poller.run(ctx, f.ready, f.tick); err != nil {
+		return fmt.Errorf("forwarder: %w", err)
+	}
+	return nil
+}
+
+// Close ends all flows. It is for a Forwarder that Run is not called for.
+func (f *Forwarder) Close() error {
+	f.closing.Do(func() {
+		for _, k := range []*kind{&f.udp, &f.echo} {
+			for _, fl := range k.table.close() {
+				fl.release()
+			}
+		}
+		f.receiver.close()
+		f.poller.close()
+	})
+	return nil
+}
+
+// ready serves a socket that has something; the poller calls it.
+func (f *Forwarder) ready(fl *flow, events uint32) {
+	if events&unix.EPOLLERR != 0 {
+		f.readErrors(&f.receiver.errs, fl)
+	}
+	if events&unix.EPOLLIN != 0 {
+		f.kind(fl.key.proto).read(f.receiver, fl, f.now())
+	}
+}
+
+// tick ends the flows that were idle for long enough.
+func (f *Forwarder) tick() {
+	now := f.now()
+	f.due = f.sweep(&f.udp, now, f.due)
+	f.due = f.sweep(&f.echo, now, f.due)
+}
+
+func (f *Forwarder) kind(proto uint8) *kind {
+	if proto == protoUDP {
+		return &f.udp
+	}
+	return &f.echo
+}
+
+// resolve asks the Policy, with the host's addresses as they are now.
+func (f *Forwarder) resolve(flow Flow) (netip.AddrPort, Verdict) {
+	var host HostAddrs
+	if f.cfg.Policy.alias(flow.Dst.Addr()) {
+		host = f.hosts.Now()
+	}
+	return f.cfg.Policy.Resolve(flow, host)
+}
+
+// local tells whether what goes to dst does not leave the host, where that makes a difference:
+// sockets bound for the world would not hear the answers (see Outbound.Prepare).
+func (f *Forwarder) local(dst netip.Addr) bool {
+	addr, dev := f.cfg.Outbound.of(family(dst))
+	switch {
+	case dev != "":
+		return f.hosts.Local(dst)
+	case addr.IsValid():
+		return dst.IsLoopback()
+	}
+	return false
+}
+
+// filesLogEvery is how often, at most, we say that there are no files left.
+const filesLogEvery = int64(10 * time.Second)
+
+// noFlow books n datagrams that were dropped because their flow could not be made.
+func (f *Forwarder) noFlow(k *kind, n int, err error) {
+	switch {
+	case errors.Is(err, errStopped):
+		k.count.drop(dropStopped, n)
+	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.EAGAIN):
+		k.count.drop(dropFiles, n)
+		if now, last := f.now(), f.filesLogged.Load(); (last == 0 || now-last >= filesLogEvery) && f.filesLogged.CompareAndSwap(last, now) {
+			f.log.Warn("no socket for a new flow of the container: it is dropped", "error", err,
+				"remedy", "raise the limit of open files (ulimit -Hn)")
+		}
+	default:
+		k.count.drop(dropError, n)
+		f.log.Debug("no socket for a flow", "error", err)
+	}
+}
+
+// Stats are counts since the start.
+type Stats struct{ UDP, Echo FlowStats }
+
+// Stats may be called at any time.
+func (f *Forwarder) Stats() Stats {
+	return Stats{UDP: f.udp.count.snapshot(), Echo: f.echo.count.snapshot()}
+}

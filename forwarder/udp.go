@@ -1,0 +1,266 @@
+package forwarder
+
+import (
+	"errors"
+	"net/netip"
+	"time"
+
+	"usernet/stack"
+
+	"golang.org/x/sys/unix"
+)
+
+// UDP is translated datagram by datagram; there is no connection, endpoint or goroutine per flow.
+//
+//	ServeUDP                                   poller
+//	  train: datagrams that go together          recvmmsg from the flow's socket
+//	  Policy: where they go, or a refusal        peers: who is it to the container?
+//	  table: the flow of the source,             train: datagrams that go together
+//	         with an unconnected socket          Stack.SendUDP
+//	  peers: remember the destination            and, where an error is queued (errqueue.go),
+//	  sendmsg, with UDP_SEGMENT for trains       Stack.SendICMP
+//
+// The socket has the source's port where the host has that free, and serves all its
+// destinations.
+
+// ServeUDP sends what the container sent. It is part of stack.Handler.
+func (f *Forwarder) ServeUDP(batch []stack.Datagram) {
+	s := f.senders.get()
+	defer f.senders.put(s)
+	now := f.now()
+	for len(batch) > 0 {
+		n, t := joined(batch)
+		f.sendUDP(s, batch[:n], t, now)
+		batch = batch[n:]
+	}
+}
+
+// joined tells how many datagrams at the head of batch can leave together, and as what.
+func joined(batch []stack.Datagram) (int, train) {
+	var t train
+	first := &batch[0]
+	t.add(first.Len(), first.Segment)
+	n := 1
+	for ; n < len(batch); n++ {
+		d := &batch[n]
+		if d.Dst != first.Dst || d.Src != first.Src || d.TTL != first.TTL || d.TOS != first.TOS || !t.add(d.Len(), d.Segment) {
+			break
+		}
+	}
+	return n, t
+}
+
+// sendUDP sends run, whose datagrams make up t.
+func (f *Forwarder) sendUDP(s *sender, run []stack.Datagram, t train, now int64) {
+	d := &run[0]
+	to, verdict := f.resolve(Flow{Proto: protoUDP, Src: d.Src, Dst: d.Dst})
+	switch {
+	case verdict.Action == Drop:
+		f.udp.count.drop(dropPolicy, t.count)
+		return
+	case verdict.Action == Refuse:
+		f.udp.count.drop(dropRefused, t.count)
+		f.refuseUDP(s, d, verdict.Reason)
+		return
+	}
+	key := flowKey{proto: protoUDP, src: d.Src, local: f.local(to.Addr())}
+	fl, err := f.flowTo(&f.udp, key, to, d.Dst, now)
+	if err != nil {
+		f.noFlow(&f.udp, t.count, err)
+		if !errors.Is(err, errStopped) {
+			f.refuseUDP(s, d, err)
+		}
+		return
+	}
+	defer fl.release()
+	s.to(to, d.TTL, d.TOS)
+	if t.count == 1 || !fl.joins(t.segment) {
+		f.sendApart(s, fl, run)
+		return
+	}
+	for i := range run {
+		s.append(run[i].Payload...)
+	}
+	switch e := f.push(s, fl, t.segment); e {
+	case unix.EIO, unix.EINVAL, unix.EMSGSIZE:
+		// Longer than the path's MTU, which only datagrams for themselves may be, or an
+		// interface without checksum offload.
+		fl.train.Store(int32(t.segment))
+		if e == unix.EIO {
+			fl.train.Store(1)
+		}
+		s.iov = s.iov[:0]
+		f.sendApart(s, fl, run)
+	default:
+		f.sentUDP(s, d, t.count, t.octets, e)
+	}
+}
+
+// sendApart sends each datagram of run for itself.
+func (f *Forwarder) sendApart(s *sender, fl *flow, run []stack.Datagram) {
+	for i := range run {
+		d := &run[i]
+		octets, segment := d.Len(), d.Segment
+		if segment <= 0 || segment > octets {
+			segment = octets
+		}
+		for off := 0; off == 0 || off < octets; off += segment {
+			n := min(segment, octets-off)
+			s.appendPart(d.Payload, off, n)
+			f.sentUDP(s, d, 1, n, f.push(s, fl, 0))
+		}
+	}
+}
+
+// sentUDP books n datagrams like d, which the kernel took or refused with e.
+func (f *Forwarder) sentUDP(s *sender, d *stack.Datagram, n, octets int, e unix.Errno) {
+	s.iov = s.iov[:0]
+	if f.udp.count.sentOr(n, octets, e) {
+		return
+	}
+	// What is too long has been told by the error queue, with the MTU.
+	if e != unix.EMSGSIZE {
+		f.refuseUDP(s, d, e)
+	}
+}
+
+// refuseUDP tells the container by ICMP that d met with err, if there is a message for that.
+func (f *Forwarder) refuseUDP(s *sender, d *stack.Datagram, err error) {
+	e := &s.icmp
+	*e = stack.ICMPError{Protocol: protoUDP, Src: d.Src.Addr(), Dst: d.Dst.Addr(), TTL: d.TTL, TOS: d.TOS}
+	octets := d.Len()
+	if d.Segment > 0 {
+		octets = min(octets, d.Segment)
+	}
+	putUDPHeader(s.quote[:], d.Src.Port(), d.Dst.Port(), octets)
+	n := udpHeaderLen
+	for _, p := range d.Payload {
+		n += copy(s.quote[n:min(len(s.quote), udpHeaderLen+octets)], p)
+	}
+	e.Transport = s.quote[:n]
+	f.tell(&f.udp, e, err)
+}
+
+// openUDP is kind.open for UDP.
+func (f *Forwarder) openUDP(fl *flow) (int, error) {
+	family, v6 := family(fl.key.src.Addr()), fl.v6()
+	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	if err = receiveErrors(fd, v6); err == nil {
+		if v6 {
+			err = unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1) // the IPv4 port is another flow's
+		}
+		// Without these the flow works less well: single datagrams (before Linux 5.0), no ECN,
+		// a burst lost.
+		_ = unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1)
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, udpReceiveBuffer)
+	}
+	if err == nil {
+		err = f.bindUDP(fd, family, fl.key)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// udpReceiveBuffer, in octets, holds what comes while the poller serves other flows. The
+// kernel grants net.core.rmem_max at most.
+const udpReceiveBuffer = 1 << 20
+
+// lowestKept is the lowest port of the container that its flow has on the host too. Those
+// below belong to the host's daemons, whoever we run as.
+const lowestKept = 1024
+
+// bindUDP binds fd to the source's own port where it is free, else to any.
+func (f *Forwarder) bindUDP(fd, family int, key flowKey) error {
+	o := &f.cfg.Outbound
+	if key.local {
+		o = &Outbound{}
+	}
+	if port := key.src.Port(); port >= lowestKept {
+		switch err := o.bind(fd, family, port); {
+		case errors.Is(err, unix.EADDRINUSE), errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		default:
+			return err
+		}
+	}
+	return o.bind(fd, family, 0)
+}
+
+// readUDP is kind.read for UDP.
+func (f *Forwarder) readUDP(r *receiver, fl *flow, now int64) {
+	n := r.read(fl.fd)
+	var t train
+	var from, used netip.AddrPort
+	var known bool
+	for i := range n {
+		m := r.message(i)
+		if m.from != from || i == 0 {
+			from = m.from
+			if used, known = fl.answer(from, now); !known {
+				used, known = from, f.cfg.UDP.FullCone && f.stranger(from.Addr())
+			}
+		}
+		if !known {
+			f.udp.count.drop(dropFiltered, 1)
+			continue
+		}
+		segment := m.segment
+		if segment <= 0 || segment > len(m.data) {
+			segment = len(m.data)
+		}
+		// One datagram or a train, which may be longer than we may pass on.
+		for data, more := m.data, true; more; more = len(data) > 0 {
+			part := data[:min(len(data), maxSegments*segment)]
+			data = data[len(part):]
+			if t.count > 0 && (r.out.Src != used || r.out.TOS != m.tos || !t.add(len(part), segment)) {
+				f.receivedUDP(r, &t)
+			}
+			if t.count == 0 {
+				t.add(len(part), segment)
+				r.out = stack.Datagram{Src: used, Dst: fl.key.src, Payload: r.pieces[:0], TOS: m.tos}
+			}
+			r.out.Payload = append(r.out.Payload, part)
+		}
+	}
+	if t.count > 0 {
+		f.receivedUDP(r, &t)
+	}
+}
+
+// receivedUDP gives the container r.out, which is t.
+func (f *Forwarder) receivedUDP(r *receiver, t *train) {
+	if t.count > 1 {
+		r.out.Segment = t.segment
+	}
+	if err := f.stack.SendUDP(&r.out); err != nil {
+		f.udp.count.drop(dropStack, t.count)
+	} else {
+		f.udp.count.received.Add(uint64(t.count))
+		f.udp.count.receivedOctets.Add(uint64(t.octets))
+	}
+	r.pieces = r.out.Payload // perhaps grown
+	*t = train{}
+}
+
+// stranger tells whether a, to which the container has not sent, may be shown to it as it is.
+func (f *Forwarder) stranger(a netip.Addr) bool {
+	p := &f.cfg.Policy
+	return !p.martian(a) && !a.IsLinkLocalUnicast() && !p.Subnet4.Contains(a) && !p.Subnet6.Contains(a)
+}
+
+// idleUDP is kind.idle for UDP.
+func (f *Forwarder) idleUDP(p *peer) time.Duration {
+	c := &f.cfg.UDP
+	switch {
+	case p.real.Port() == 53:
+		return c.DNS
+	case p.answered:
+		return c.Answered
+	}
+	return c.Unanswered
+}
