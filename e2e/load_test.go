@@ -1,0 +1,60 @@
+package e2e
+
+import (
+	"fmt"
+	"io"
+	"os/exec"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Ten thousand connections come and go, then a thousand stay idle and go: no file and no memory to speak of is left.
+func TestNothingLeftOfManyConnections(t *testing.T) {
+	server := lab.outside.serveTCP(t, outsideAddr4+":0", echo)
+	c := newContainer(t)
+	u := attach(t, c, "--log-level", "info")
+	measure := func(when string) (fds, rss int) {
+		fds = u.fds(t)
+		rss, err := strconv.Atoi(strings.Fields(u.status(t, "VmRSS"))[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%-24s %5d files %7d KiB %3s threads", when, fds, rss, u.status(t, "Threads"))
+		return fds, rss
+	}
+	if err := reaches(c.net, server); err != nil {
+		t.Fatal(err)
+	}
+	filesAtFirst, _ := measure("at first")
+
+	start := time.Now()
+	c.must(t, helper("churn", server.String(), "10000")...)
+	took := time.Since(start)
+	_, _ = measure(fmt.Sprintf("after 10000 in %.1fs", took.Seconds()))
+
+	var in io.WriteCloser
+	idle := c.start(t, func(cmd *exec.Cmd) {
+		var err error
+		if in, err = cmd.StdinPipe(); err != nil {
+			t.Fatal(err)
+		}
+	}, helper("idle", server.String(), "1000")...)
+	idle.has(t, "open")
+	filesIdle, rssIdle := measure("1000 idle")
+	if filesIdle < 1000 {
+		t.Errorf("%d files with 1000 connections: the measure is wrong", filesIdle)
+	}
+	in.Close()
+	if code := idle.wait(t); code != 0 || !strings.Contains(idle.out.String(), "alive") {
+		t.Errorf("the idle connections ended with %d, %q", code, idle.out)
+	}
+	eventually(t, "the files of the connections are closed", func() bool { return u.fds(t) <= filesAtFirst+8 })
+	// A second round must not need more than the first did: what grows by the round is a leak.
+	c.must(t, helper("churn", server.String(), "10000")...)
+	eventually(t, "the files of the second round are closed", func() bool { return u.fds(t) <= filesAtFirst+8 })
+	if _, rss := measure("after 10000 more"); rss > 2*rssIdle {
+		t.Errorf("%d KiB after a second round, %d at the peak of the first", rss, rssIdle)
+	}
+}
