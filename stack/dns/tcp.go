@@ -43,7 +43,7 @@ func (s *Server) serveStream(ctx context.Context, ln net.Listener) error {
 		}
 		wg.Go(func() {
 			defer s.conns.give(client)
-			c := &stream{Server: s, conn: conn, client: client}
+			c := &stream{Server: s, conn: conn, client: client, turn: make(chan struct{}, 1)}
 			c.serve(ctx)
 		})
 	}
@@ -74,7 +74,9 @@ type stream struct {
 	conn   net.Conn
 	client netip.Addr
 
-	mu sync.Mutex // held while an answer is written
+	// turn holds a token while an answer is written. No mutex: the wait may be long, and tests in virtual time
+	// see through a channel only.
+	turn chan struct{}
 }
 
 // serve reads questions until the client has no more, and waits for the answers to them: a client that
@@ -143,8 +145,8 @@ func (c *stream) write(answer []byte) {
 	if answer == nil {
 		return
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.turn <- struct{}{}
+	defer func() { <-c.turn }()
 	err := c.conn.SetWriteDeadline(time.Now().Add(c.cfg.WriteTimeout))
 	if err == nil {
 		_, err = c.conn.Write(frame(answer))
