@@ -5,11 +5,13 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/netip"
 	"strconv"
 	"strings"
 
 	"github.com/spf13/pflag"
+
+	"usernet/forwarder"
+	"usernet/stack/dns"
 )
 
 const (
@@ -147,8 +149,8 @@ func (f *flags) parse(args []string) (*options, error) {
 func (f *flags) options() (*options, error) {
 	o := &options{
 		mtu: f.mtu, configure: f.configure, queues: f.queues,
-		hostLoopback: f.hostLoopback, outbound4: f.outbound4, outbound6: f.outbound6,
-		dns: !f.noDNS, readyFD: f.readyFD, exitFD: f.exitFD, pidFile: f.pidFile,
+		hostLoopback: f.hostLoopback,
+		dns:          !f.noDNS, readyFD: f.readyFD, exitFD: f.exitFD, pidFile: f.pidFile,
 		logFormat: f.logFormat, pcap: f.pcap, pcapSize: int64(f.pcapSize), sandbox: !f.noSandbox,
 	}
 	var err error
@@ -177,9 +179,9 @@ func (f *flags) options() (*options, error) {
 		return nil, errors.New("--dns and --no-dns contradict each other")
 	}
 	for _, s := range f.dns {
-		ap, err := parseUpstream(s)
+		ap, err := dns.ParseServer(s)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("--dns: %w", err)
 		}
 		o.upstreams = append(o.upstreams, ap)
 	}
@@ -198,6 +200,9 @@ func (f *flags) options() (*options, error) {
 	}
 	if f.set.Changed("pcap-size") && f.pcap == "" {
 		return nil, errors.New("--pcap-size without --pcap")
+	}
+	if o.outbound, err = forwarder.ParseOutbound(f.outbound4, f.outbound6); err != nil {
+		return nil, err
 	}
 	var known bool
 	if o.logLevel, known = logLevels[f.logLevel]; !known {
@@ -223,24 +228,6 @@ func parseMAC(s string, gateway net.HardwareAddr) (net.HardwareAddr, error) {
 		return nil, fmt.Errorf("--mac %s: is the gateway's", s)
 	}
 	return mac, nil
-}
-
-// parseUpstream reads a resolver's address, with port 53 unless it names one. A zone may be
-// needed for link-local resolvers.
-func parseUpstream(s string) (netip.AddrPort, error) {
-	ap, err := netip.ParseAddrPort(s)
-	if err != nil {
-		addr, aerr := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]"))
-		if aerr != nil {
-			return netip.AddrPort{}, fmt.Errorf("--dns %s: must be an address such as 192.0.2.53, 192.0.2.53:5353 or [2001:db8::53]:5353", s)
-		}
-		ap = netip.AddrPortFrom(addr, 53)
-	}
-	ap = netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
-	if ap.Port() == 0 || ap.Addr().IsUnspecified() || ap.Addr().IsMulticast() {
-		return netip.AddrPort{}, fmt.Errorf("--dns %s: nobody can answer there", s)
-	}
-	return ap, nil
 }
 
 // negatable defines --name and --no-name for one variable; the later of the two counts.

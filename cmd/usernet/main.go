@@ -1,3 +1,88 @@
 package main
 
-func main() {}
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"runtime"
+
+	"usernet/tap"
+	"usernet/tap/netns"
+)
+
+// Exit statuses. Those of run are env(1)'s, so that the command's own can be told from them.
+const (
+	statusFailure       = 1
+	statusUsage         = 2
+	statusOurs          = 125
+	statusNotExecutable = 126
+	statusNotFound      = 127
+	statusSignal        = 128 // plus the signal's number
+)
+
+func main() {
+	// A thread of our own for all that main does: a child's life hangs on that of the thread
+	// which started it (see stage), and a helper's on nothing else than the process.
+	runtime.LockOSThread()
+	switch {
+	case netns.IsHelper():
+		os.Exit(netns.HelperMain(tap.Ops()))
+	case isStage(os.Args):
+		os.Exit(stageMain(os.Args))
+	}
+	os.Exit(usernet(os.Args[1:]))
+}
+
+// usernet does what argv says and returns the exit status.
+func usernet(args []string) int {
+	o, err := parse(args, os.Getenv)
+	if err == nil {
+		switch o.command {
+		case cmdHelp:
+			fmt.Print(helpText())
+		case cmdVersion:
+			fmt.Print(versionText())
+		case cmdRun:
+			var status int
+			if status, err = run(o, newLog(o)); err == nil {
+				return status
+			}
+		case cmdAttach:
+			err = attach(o, newLog(o))
+		}
+	}
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintf(os.Stderr, "usernet: %v\n", err)
+	var usage usageError
+	if errors.As(err, &usage) {
+		fmt.Fprintln(os.Stderr, `Try "usernet help".`)
+	}
+	var s statusError
+	switch {
+	case errors.As(err, &s):
+		return s.status
+	case len(args) > 0 && args[0] == "run":
+		return statusOurs
+	case errors.As(err, &usage):
+		return statusUsage
+	}
+	return statusFailure
+}
+
+// A statusError ends the process with a status of its own.
+type statusError struct {
+	error
+	status int
+}
+
+func (e statusError) Unwrap() error { return e.error }
+
+// logStats writes a line per package of what was counted.
+func logStats(log *slog.Logger, e *engine) {
+	for _, s := range e.stats() {
+		log.Info("counted", s.name, s.values)
+	}
+}

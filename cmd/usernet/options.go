@@ -8,6 +8,8 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+
+	"usernet/forwarder"
 )
 
 // A command is what argv asks for.
@@ -40,8 +42,7 @@ type options struct {
 	plan      plan
 
 	hostLoopback bool
-	outbound4    string // "", address or interface
-	outbound6    string
+	outbound     forwarder.Outbound
 
 	dns       bool
 	upstreams []netip.AddrPort // empty: those of the host's resolv.conf

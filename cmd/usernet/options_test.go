@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"github.com/spf13/pflag"
+
+	"usernet/forwarder"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -90,7 +92,8 @@ func TestParse(t *testing.T) {
 			o.upstreams = []netip.AddrPort{netip.MustParseAddrPort("192.0.2.53:53"), netip.MustParseAddrPort("[2001:db8::53]:5353"), netip.MustParseAddrPort("[2001:db8::1]:53")}
 		})},
 		{"1 --no-dns --host-loopback --outbound-addr eth0 --outbound-addr6 2001:db8::9", defaults(func(o *options) {
-			o.pid, o.dns, o.hostLoopback, o.outbound4, o.outbound6 = 1, false, true, "eth0", "2001:db8::9"
+			o.pid, o.dns, o.hostLoopback = 1, false, true
+			o.outbound = forwarder.Outbound{Interface4: "eth0", Addr6: netip.MustParseAddr("2001:db8::9")}
 		})},
 		{"1 --ready-fd=3 --exit-fd 4 --pid-file /p", defaults(func(o *options) { o.pid, o.readyFD, o.exitFD, o.pidFile = 1, 3, 4, "/p" })},
 		{"1 --log-level debug --log-format json --pcap f --pcap-size 2G --no-sandbox", defaults(func(o *options) {
@@ -139,7 +142,7 @@ func TestParseRefuses(t *testing.T) {
 		"1 --cidr6 fd00::/113", "1 --cidr6 fd00::1/64", "1 --cidr6 fe80::/64", "1 --cidr6 ::/64", "1 --cidr6 10.0.2.0/24", "1 --cidr6 fd01::/64 --no-ipv6",
 		"1 --dns localhost", "1 --dns 0.0.0.0", "1 --dns 1.2.3.4:0", "1 --dns 1.2.3.4 --no-dns",
 		"1 --ready-fd 1", "1 --ready-fd=-1", "1 --exit-fd 2", "1 --ready-fd 3 --exit-fd 3", "1 --ready-fd x",
-		"1 --pid-file=", "1 --pcap=", "1 --pcap-size 1G", "1 --pcap f --pcap-size 1", "1 --pcap f --pcap-size 1T",
+		"1 --outbound-addr ::1", "1 --outbound-addr6 10.0.0.1", "1 --outbound-addr a/b", "1 --pid-file=", "1 --pcap=", "1 --pcap-size 1G", "1 --pcap f --pcap-size 1", "1 --pcap f --pcap-size 1T",
 		"1 --log-level loud", "1 --log-format xml", "version now", "--mtu 1500 run ls",
 		"run --netns-path /x", "run --exit-fd 0", "1 --ipv6=maybe", "1 --no-ipv6=maybe",
 	} {

@@ -1,0 +1,284 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"usernet/stack/dns"
+)
+
+// confinedRole is the process inside: it opens what usernet opens, confines itself, and tells what it can
+// still do. Its stdin says when to go on.
+func confinedRole() int {
+	dir := os.Args[1]
+	resolv, err := dns.OpenResolvConf(filepath.Join(dir, "etc", "resolv.conf"))
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	pid, err := writePIDFile(filepath.Join(dir, "run", "pid"))
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	// Threads that are there before, one of them in a system call for ever.
+	stuck, _, _ := os.Pipe()
+	go func() { runtime.LockOSThread(); unix.Read(int(stuck.Fd()), make([]byte, 1)) }()
+	go func() { runtime.LockOSThread(); select {} }()
+
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	confine(confinement{readDirs: resolv.Dirs(), removeDirs: []*os.File{pid.dir}, caps: capsForwarding}, log)
+
+	out := json.NewEncoder(os.Stdout)
+	tried := map[string]string{}
+	try := func(what string, err error) {
+		tried[what] = "allowed"
+		var errno syscall.Errno
+		if errors.As(err, &errno) {
+			tried[what] = unix.ErrnoName(errno)
+		} else if err != nil {
+			tried[what] = err.Error()
+		}
+	}
+	file := func(flags int, path string) error {
+		f, err := os.OpenFile(path, flags, 0o644)
+		f.Close()
+		return err
+	}
+	try("read /etc/passwd", file(os.O_RDONLY, "/etc/passwd"))
+	try("read /proc/self/environ", file(os.O_RDONLY, "/proc/self/environ"))
+	try("write resolv.conf", file(os.O_WRONLY, filepath.Join(dir, "etc", "resolv.conf")))
+	try("make a file", file(os.O_WRONLY|os.O_CREATE, filepath.Join(dir, "etc", "new")))
+	fd, err := unix.Openat(int(resolv.Dirs()[0].Fd()), "new", unix.O_WRONLY|unix.O_CREAT, 0o644)
+	unix.Close(fd)
+	try("make a file by descriptor", err)
+	try("execve", syscall.Exec("/bin/true", []string{"true"}, nil))
+	_, err = os.StartProcess("/bin/true", []string{"true"}, &os.ProcAttr{})
+	try("fork", err)
+	try("ptrace", syscall.PtraceAttach(os.Getppid()))
+	try("unshare", unix.Unshare(unix.CLONE_NEWUSER))
+	try("mount", unix.Mount("x", "/", "tmpfs", 0, ""))
+	try("setns", unix.Setns(0, 0))
+	try("kill", unix.Kill(os.Getppid(), 0))
+	for name, family := range map[string]int{"unix": unix.AF_UNIX, "packet": unix.AF_PACKET, "netlink": unix.AF_NETLINK, "inet": unix.AF_INET} {
+		fd, err := unix.Socket(family, unix.SOCK_DGRAM, 0)
+		unix.Close(fd)
+		try("socket "+name, err)
+	}
+	fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_KOBJECT_UEVENT)
+	unix.Close(fd)
+	try("socket uevent", err)
+	_, err = unix.IoctlGetTermios(0, unix.TCGETS)
+	try("ioctl TCGETS", err)
+	try("TCP over loopback", tcpOverLoopback())
+	done := make(chan bool) // and on threads that are made only now
+	for range 8 {
+		go func() { runtime.LockOSThread(); done <- file(os.O_RDONLY, "/etc/passwd") != nil }()
+	}
+	for range 8 {
+		if !<-done {
+			try("read /etc/passwd on a new thread", nil)
+		}
+	}
+	out.Encode(tried)
+
+	// The parent changes resolv.conf now.
+	bufio.NewReader(os.Stdin).ReadString('\n')
+	for range 100 {
+		if resolv.Servers()[0].Addr().String() == "192.0.2.2" {
+			break
+		}
+		time.Sleep(checkResolv)
+	}
+	out.Encode(resolv.Servers())
+	try("remove the PID file", pid.remove())
+	out.Encode(tried["remove the PID file"])
+	return 0
+}
+
+// checkResolv: a resolver's file is looked at no more often than every 100 ms.
+const checkResolv = 50 * time.Millisecond
+
+func tcpOverLoopback() error {
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	defer ln.Close()
+	served := make(chan error, 1)
+	go func() {
+		c, err := ln.Accept()
+		if err == nil {
+			_, err = io.WriteString(c, "x")
+			c.Close()
+		}
+		served <- err
+	}()
+	c, err := net.Dial("tcp4", ln.Addr().String())
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_, err = io.ReadAll(c)
+	return errors.Join(err, <-served)
+}
+
+func TestConfinedProcess(t *testing.T) {
+	if cgoEnabled {
+		t.Skip("with cgo (-race) not all threads can be confined; usernet is built without")
+	}
+	t.Run("as we are", func(t *testing.T) { testConfined(t, nil) })
+	if os.Geteuid() == 0 {
+		t.Run("as an ordinary user", func(t *testing.T) {
+			testConfined(t, &syscall.Credential{Uid: 4242, Gid: 4242, NoSetGroups: false})
+		})
+	}
+}
+
+func testConfined(t *testing.T, user *syscall.Credential) {
+	dir := t.TempDir()
+	conf := filepath.Join(dir, "etc", "resolv.conf")
+	for _, d := range []string{dir, filepath.Dir(conf), filepath.Join(dir, "run")} {
+		if err := errors.Join(os.MkdirAll(d, 0o755), os.Chmod(filepath.Dir(dir), 0o755)); err != nil {
+			t.Fatal(err)
+		}
+		if user != nil {
+			if err := os.Chown(d, int(user.Uid), int(user.Gid)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := os.WriteFile(conf, []byte("nameserver 192.0.2.1\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("/proc/self/exe", dir)
+	if user != nil {
+		// The build directory is root's alone.
+		exe = copyBinary(t, exe, filepath.Join(dir, "usernet.test"))
+		cmd = exec.Command(exe, dir)
+	}
+	cmd.Env = []string{roleVariable + "=confined"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: user}
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		stdin.Close()
+		err := cmd.Wait()
+		if err != nil || t.Failed() {
+			t.Errorf("%v\n%s", err, &stderr)
+		}
+	}()
+	in := json.NewDecoder(stdout)
+	var tried map[string]string
+	if err := in.Decode(&tried); err != nil {
+		t.Fatal(err)
+	}
+	landlock := !strings.Contains(stderr.String(), "part=landlock")
+	want := map[string]string{
+		"read /etc/passwd": "EACCES", "read /proc/self/environ": "EACCES", "write resolv.conf": "EPERM", "make a file": "EPERM",
+		"make a file by descriptor": "EPERM", "execve": "EPERM", "fork": "EPERM", "ptrace": "EPERM", "unshare": "EPERM",
+		"mount": "EPERM", "setns": "EPERM", "kill": "EPERM",
+		"socket unix": "EPERM", "socket packet": "EPERM", "socket uevent": "EPERM", "socket netlink": "allowed", "socket inet": "allowed",
+		"ioctl TCGETS": "EPERM", "TCP over loopback": "allowed",
+	}
+	chrooted := user == nil && hasCaps(unix.CAP_SYS_CHROOT)
+	if chrooted {
+		want["read /etc/passwd"], want["read /proc/self/environ"] = "ENOENT", "ENOENT"
+	} else if !landlock {
+		t.Skip("this kernel has no Landlock, and without privilege there is no other way to hide files")
+	}
+	for what, result := range want {
+		if tried[what] != result {
+			t.Errorf("%s: %s, want %s", what, tried[what], result)
+		}
+	}
+	for what, result := range tried {
+		if want[what] == "" {
+			t.Errorf("%s: %s", what, result)
+		}
+	}
+
+	keep := uint64(0)
+	if user == nil {
+		have, err := effectiveCaps()
+		if err != nil {
+			t.Fatal(err)
+		}
+		keep = have & capsForwarding
+	}
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", cmd.Process.Pid))
+	if err != nil || len(tasks) < 3 {
+		t.Fatalf("%d threads, %v", len(tasks), err)
+	}
+	for _, path := range tasks {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			continue // a thread that has ended
+		}
+		caps := fmt.Sprintf("%016x", keep)
+		for field, value := range map[string]string{"Seccomp": "2", "NoNewPrivs": "1", "CapEff": caps, "CapPrm": caps, "CapInh": "0000000000000000", "CapAmb": "0000000000000000"} {
+			if !strings.Contains(string(text), "\n"+field+":\t"+value+"\n") {
+				t.Errorf("%s: %s is not %s:\n%s", path, field, value, text)
+			}
+		}
+	}
+
+	// Replaced as resolvers' daemons do it.
+	if err := errors.Join(os.WriteFile(conf+".new", []byte("nameserver 192.0.2.2\n"), 0o644), os.Rename(conf+".new", conf)); err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(stdin, "\n")
+	var servers []string
+	var removed string
+	if err := errors.Join(in.Decode(&servers), in.Decode(&removed)); err != nil {
+		t.Fatal(err)
+	}
+	if len(servers) != 1 || servers[0] != "192.0.2.2:53" {
+		t.Errorf("after resolv.conf changed: %v", servers)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "run", "pid")); removed != "allowed" || !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("removing the PID file: %s; it is still there: %v", removed, err)
+	}
+}
+
+func copyBinary(t *testing.T, from, to string) string {
+	t.Helper()
+	b, err := os.ReadFile(from)
+	if err == nil {
+		err = os.WriteFile(to, b, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return to
+}

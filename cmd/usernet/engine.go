@@ -1,0 +1,298 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"time"
+
+	"usernet/forwarder"
+	"usernet/stack"
+	"usernet/stack/dhcp"
+	"usernet/stack/dns"
+	"usernet/stack/ra"
+	"usernet/tap"
+	"usernet/tap/capture"
+	"usernet/tap/netns"
+)
+
+// An engine is the network of one namespace, put together:
+//
+//	namespace → TAP → (capture) → stack → forwarder → the host's sockets
+//	                                  └─→ resolver
+//
+// openEngine opens all that needs rights and starts nothing; run is its life; close takes it down.
+//
+// At the end the services go first, so that their connections are reset while the stack can still say so
+// to the container; then the stack, which closes the devices; then the TAP and the
+// helper that could remove it.
+type engine struct {
+	o   *options
+	log *slog.Logger
+
+	ns      *netns.NS
+	tap     *tap.Device
+	capture *capture.Capture // nil: none
+	forward *forwarder.Forwarder
+	stack   *stack.Stack
+	resolv  *dns.ResolvConf // nil without a resolver
+	server  *dns.Server     // nil without a resolver
+	pcs     []net.PacketConn
+	lns     []net.Listener
+}
+
+// openEngine opens the namespace and all that serves it.
+func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.Logger) (_ *engine, err error) {
+	e := &engine{o: o, log: log}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, e.close())
+		}
+	}()
+	files, err := raiseFiles()
+	if err != nil {
+		log.Warn("fewer flows than there could be", "error", err)
+	}
+	if e.ns, err = netns.Open(where); err != nil {
+		return nil, err
+	}
+	devices, err := e.openDevices(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if e.forward, err = forwarder.New(e.forwarderConfig(files)); err != nil {
+		return nil, err
+	}
+	if err := e.openResolver(); err != nil {
+		return nil, err
+	}
+	config, err := e.stackConfig()
+	if err != nil {
+		return nil, err
+	}
+	if e.stack, err = stack.New(config, devices, e.forward); err != nil {
+		return nil, err
+	}
+	e.forward.Bind(e.stack)
+	if err := e.listen(); err != nil {
+		return nil, err
+	}
+	return e, nil
+}
+
+// openDevices makes or adopts the TAP and puts the capture around it.
+func (e *engine) openDevices(ctx context.Context) ([]stack.Device, error) {
+	o, p := e.o, e.o.plan
+	var err error
+	e.tap, err = tap.Open(ctx, e.ns, tap.Config{
+		Name: o.tapName, MTU: o.mtu, MAC: o.mac, Queues: o.queues, Configure: o.configure,
+		IPv4: withLen(p.container4, p.net4), Gateway4: p.gateway4,
+		IPv6: withLen(p.container6, p.net6), Gateway6: p.gateway6,
+		Log: e.log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	var devices []stack.Device
+	for _, q := range e.tap.Queues() {
+		devices = append(devices, q)
+	}
+	return devices, nil
+}
+
+func (e *engine) forwarderConfig(files int) forwarder.Config {
+	p := e.o.plan
+	return forwarder.Config{
+		Policy: forwarder.Policy{
+			Subnet4: p.net4, Subnet6: p.net6,
+			Gateway4: p.gateway4, Gateway6: p.gateway6,
+			DNS4: p.dns4, DNS6: p.dns6,
+			HostAlias4: p.host4, HostAlias6: p.host6,
+			HostLoopback: e.o.hostLoopback,
+		},
+		Outbound: e.o.outbound,
+		MaxFiles: files,
+		Log:      e.log,
+	}
+}
+
+// openResolver opens resolv.conf, whose search list the container gets in any case, and makes the resolver.
+func (e *engine) openResolver() error {
+	if !e.o.dns {
+		return nil
+	}
+	var err error
+	if e.resolv, err = dns.OpenResolvConf("/etc/resolv.conf"); err != nil {
+		return fmt.Errorf("the host's resolvers: %w (name others with --dns, or none with --no-dns)", err)
+	}
+	config := dns.Config{Upstreams: e.resolv, Names: dns.StaticNames(e.names()), Log: e.log}
+	if len(e.o.upstreams) > 0 {
+		config.Upstreams = dns.StaticUpstreams(e.o.upstreams)
+	}
+	e.server, err = dns.New(config)
+	return err
+}
+
+// names are the host's, which no other resolver knows.
+func (e *engine) names() map[string][]netip.Addr {
+	names := map[string][]netip.Addr{}
+	for _, n := range hostNames {
+		names[n] = e.o.plan.host()
+	}
+	return names
+}
+
+func (e *engine) stackConfig() (stack.Config, error) {
+	o, p := e.o, e.o.plan
+	c := stack.Config{
+		MTU: o.mtu, MAC: p.gatewayMAC(),
+		Gateway4: withLen(p.gateway4, p.net4), Gateway6: withLen(p.gateway6, p.net6),
+		Extra:     valid(p.dns4, p.dns6, p.host6),
+		LinkLocal: p.linkLocal,
+		Log:       e.log,
+	}
+	d := dhcp.Config{Subnet: p.net4, Gateway: p.gateway4, Client: p.container4, MTU: o.mtu, Search: e.search()}
+	if o.dns {
+		d.DNS = p.dns4
+	}
+	leases, err := dhcp.New(d)
+	if err != nil {
+		return c, err
+	}
+	c.DHCP = func(request []byte) ([]byte, netip.AddrPort, bool) {
+		reply, to, _, ok := leases.Handle(request, time.Now())
+		return reply, to, ok
+	}
+	if p.net6.IsValid() {
+		r := ra.Config{Prefix: p.net6, MTU: o.mtu, Search: e.search(), LinkAddr: [6]byte(p.gatewayMAC())}
+		if o.dns {
+			r.DNS = []netip.Addr{p.dns6}
+		}
+		c.Advertisement = ra.Advertisement(r)
+	}
+	return c, nil
+}
+
+// listen opens the resolver's ports.
+func (e *engine) listen() error {
+	if !e.o.dns {
+		return nil
+	}
+	for _, a := range e.o.plan.dns() {
+		at := netip.AddrPortFrom(a, 53)
+		pc, err := e.stack.ListenPacket(at)
+		if err != nil {
+			return fmt.Errorf("the resolver: %w", err)
+		}
+		e.pcs = append(e.pcs, pc)
+		ln, err := e.stack.Listen(at)
+		if err != nil {
+			return fmt.Errorf("the resolver: %w", err)
+		}
+		e.lns = append(e.lns, ln)
+	}
+	return nil
+}
+
+// run carries traffic until ctx ends, which is no error, or a part fails. ready is called when all parts run.
+func (e *engine) run(ctx context.Context, ready func() error) error {
+	services, stopServices := context.WithCancel(ctx)
+	defer stopServices()
+	below, stopStack := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopStack()
+
+	stackEnded := make(chan error, 1)
+	go func() {
+		stackEnded <- e.stack.Run(below)
+		stopServices()
+	}()
+	parts := []func(context.Context) error{
+		e.forward.Run,
+		func(context.Context) error { return ready() },
+	}
+	if e.server != nil {
+		parts = append(parts, func(ctx context.Context) error { return e.server.Serve(ctx, e.pcs, e.lns) })
+	}
+	err := goEach(services, parts...)
+	stopStack()
+	return errors.Join(err, <-stackEnded)
+}
+
+// endWithNamespace returns an ending when the namespace is gone.
+func (e *engine) endWithNamespace(ctx context.Context) error {
+	switch err := e.ns.Watch(ctx); {
+	case ctx.Err() != nil:
+		return nil
+	case err != nil:
+		return err
+	}
+	return ending{e.ns.String() + " is gone"}
+}
+
+// close removes the TAP and lets go of the namespace. It comes after run, or in its place.
+func (e *engine) close() error {
+	var errs []error
+	if e.forward != nil {
+		errs = append(errs, e.forward.Close())
+	}
+	if e.capture != nil {
+		errs = append(errs, e.capture.Close())
+	}
+	if e.tap != nil {
+		errs = append(errs, e.tap.Close())
+	}
+	if e.ns != nil {
+		errs = append(errs, e.ns.Close())
+	}
+	if e.resolv != nil {
+		errs = append(errs, e.resolv.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// confinement is what the engine needs while it runs and is taken down. pid may be nil.
+func (e *engine) confinement(pid *pidFile) confinement {
+	c := confinement{caps: capsForwarding}
+	if e.resolv != nil {
+		c.readDirs = e.resolv.Dirs()
+	}
+	if pid != nil {
+		c.removeDirs = []*os.File{pid.dir}
+	}
+	if e.o.outbound.Interface4 != "" || e.o.outbound.Interface6 != "" {
+		c.caps |= capsBindDevice
+	}
+	return c
+}
+
+func (e *engine) search() []string {
+	if e.resolv == nil {
+		return nil
+	}
+	return e.resolv.Search()
+}
+
+func (e *engine) resolverOptions() []string {
+	if e.resolv == nil {
+		return nil
+	}
+	return e.resolv.Options()
+}
+
+// A namedStats is what one package has counted.
+type namedStats struct {
+	name   string
+	values any
+}
+
+func (e *engine) stats() []namedStats {
+	s := []namedStats{{"stack", e.stack.Stats()}, {"forwarder", e.forward.Stats()}}
+	if e.server != nil {
+		s = append(s, namedStats{"dns", e.server.Stats()})
+	}
+	return s
+}

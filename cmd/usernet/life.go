@@ -1,0 +1,75 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+)
+
+// An ending is why a life ends well. It is the error by which the parts of a group tell each other to stop.
+type ending struct{ why string }
+
+func (e ending) Error() string { return e.why }
+
+// newLog logs to standard error. A reader who has gone must not end us: SIGPIPE is caught, so that the
+// write fails and the line is lost.
+func newLog(o *options) *slog.Logger {
+	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
+	opts := &slog.HandlerOptions{Level: o.logLevel}
+	if o.logFormat == "json" {
+		return slog.New(slog.NewJSONHandler(os.Stderr, opts))
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, opts))
+}
+
+// raiseFiles makes the hard limit on open files the soft one, and returns it: each flow holds one.
+func raiseFiles() (int, error) {
+	var r unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
+		return 0, fmt.Errorf("getrlimit(RLIMIT_NOFILE): %w", err)
+	}
+	r.Cur = r.Max
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
+		return 0, fmt.Errorf("setrlimit(RLIMIT_NOFILE, %d): %w", r.Max, err)
+	}
+	return int(min(r.Cur, 1<<20)), nil
+}
+
+// endOnSignal waits for one of the signals and returns an ending, or nil when ctx ends.
+func endOnSignal(ctx context.Context, signals <-chan os.Signal) error {
+	select {
+	case s := <-signals:
+		return ending{"signal " + unix.SignalName(s.(syscall.Signal))}
+	case <-ctx.Done():
+		return nil
+	}
+}
+
+// endOnHangUp waits for the other end of f to be closed; nil f never is.
+func endOnHangUp(ctx context.Context, f *os.File) error {
+	if f == nil {
+		return nil
+	}
+	switch err := hungUp(ctx, int(f.Fd())); {
+	case ctx.Err() != nil:
+		return nil
+	case err != nil:
+		return fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	return ending{f.Name() + " hung up"}
+}
+
+// goEach runs functions until all have returned; the first error cancels the others' context.
+func goEach(ctx context.Context, fs ...func(context.Context) error) error {
+	g, ctx := errgroup.WithContext(ctx)
+	for _, f := range fs {
+		g.Go(func() error { return f(ctx) })
+	}
+	return g.Wait()
+}

@@ -1,0 +1,266 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"usernet/tap/netns"
+)
+
+// passedOn are the signals that go to the command. SIGCONT continues it, see terminal.
+var passedOn = []os.Signal{
+	unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGCONT,
+}
+
+// run is usernet run: a command in namespaces of its own, with a network. It returns the command's status.
+func run(o *options, log *slog.Logger) (_ int, err error) {
+	given, err := takeInherited(o)
+	if err != nil {
+		return 0, err
+	}
+	signals := make(chan os.Signal, 16)
+	signal.Notify(signals, passedOn...)
+
+	t := openTerminal()
+	if t.tty != nil {
+		defer t.tty.Close()
+	}
+	child, err := startStage(t)
+	if err != nil {
+		return 0, err
+	}
+	t.child = child.pid
+	defer func() { err = errors.Join(err, child.abandon()) }()
+
+	// Until the command runs, a signal that would end it ends us.
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	early := make(chan struct{})
+	go func() {
+		defer close(early)
+		cancelOnSignal(ctx, signals, cancel)
+	}()
+
+	e, err := openEngine(ctx, o, netns.Config{PID: child.pid}, log)
+	if err != nil {
+		return 0, signalStatus(ctx, err)
+	}
+	defer func() { err = errors.Join(err, e.close()) }()
+	var pid *pidFile
+	if o.pidFile != "" {
+		if pid, err = writePIDFile(o.pidFile); err != nil {
+			return 0, err
+		}
+		defer func() { err = errors.Join(err, pid.remove()) }()
+	}
+	config := stageConfigFor(o, e)
+	if o.sandbox {
+		c := e.confinement(pid)
+		c.child = child.pid
+		confine(c, log)
+	}
+	cancel(nil)
+	<-early
+	var s signalled
+	if errors.As(context.Cause(ctx), &s) {
+		return 0, statusError{s, statusSignal + int(s)}
+	}
+
+	// From here on the network runs, and when it does the command.
+	network, stopNetwork := context.WithCancel(context.Background())
+	defer stopNetwork()
+	up, kill, served := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	go func() {
+		served <- goEach(network,
+			func(ctx context.Context) error {
+				return e.run(ctx, func() error { close(up); return nil })
+			},
+			func(ctx context.Context) error {
+				err := endOnHangUp(ctx, given.exit)
+				if errors.As(err, new(ending)) {
+					close(kill) // what it means for a command; the network lasts as long as that
+					return nil
+				}
+				return err
+			},
+		)
+	}()
+	select {
+	case <-up:
+	case err := <-served:
+		return 0, err
+	}
+	t.handOver()
+	defer t.takeBack()
+	if err := child.release(config); err != nil {
+		return 0, errors.Join(err, stopAndWait(stopNetwork, served))
+	}
+	if err := sayReady(given.ready); err != nil {
+		log.Warn("nobody listens on --ready-fd", "error", err)
+	}
+	watched := make(chan error, 1)
+	go func() {
+		err := <-served
+		// A network that fails while the command runs is told at once; the command may have more to do.
+		if err != nil && network.Err() == nil {
+			log.Error("the command has no network any more", "error", err)
+			err = nil
+		}
+		watched <- err
+	}()
+	err = errors.Join(t.attend(signals, kill), stopAndWait(stopNetwork, watched))
+	logStats(log, e)
+	if err != nil {
+		return 0, err
+	}
+	return child.status()
+}
+
+func stopAndWait(stop func(), ended <-chan error) error {
+	stop()
+	return <-ended
+}
+
+// signalled is a signal that came before the command ran.
+type signalled syscall.Signal
+
+func (s signalled) Error() string { return "ended by " + unix.SignalName(syscall.Signal(s)) }
+
+// cancelOnSignal cancels with a signalled for signals that end a process, until ctx ends.
+func cancelOnSignal(ctx context.Context, signals <-chan os.Signal, cancel context.CancelCauseFunc) {
+	for {
+		select {
+		case s := <-signals:
+			switch s {
+			case unix.SIGWINCH, unix.SIGCONT:
+			default:
+				cancel(signalled(s.(syscall.Signal)))
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// signalStatus makes of an error the signal's status if that was behind it.
+func signalStatus(ctx context.Context, err error) error {
+	var s signalled
+	if errors.As(context.Cause(ctx), &s) {
+		return statusError{s, statusSignal + int(s)}
+	}
+	return err
+}
+
+// A child is the stage, and then the command.
+type child struct {
+	pid    int
+	pipe   *os.File // nil once released
+	reaped bool
+}
+
+// startStage starts our own binary in new namespaces, where it waits for release.
+func startStage(t *terminal) (_ *child, err error) {
+	ids, err := ownIDs()
+	if err != nil {
+		return nil, err
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	// Not by one of the low numbers: the caller's own descriptors go to the command as they are.
+	const firstOurs = 100
+	fd, err := unix.FcntlInt(r.Fd(), unix.F_DUPFD, firstOurs)
+	if err != nil {
+		return nil, errors.Join(os.NewSyscallError("fcntl(F_DUPFD)", err), w.Close())
+	}
+	defer unix.Close(fd)
+	p, err := os.StartProcess("/proc/self/exe", []string{stageName, strconv.Itoa(fd)}, &os.ProcAttr{
+		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
+		Sys: &syscall.SysProcAttr{
+			Cloneflags:                 unix.CLONE_NEWUSER | unix.CLONE_NEWNET | unix.CLONE_NEWNS,
+			UidMappings:                ids.uids,
+			GidMappings:                ids.gids,
+			GidMappingsEnableSetgroups: ids.setgroups,
+			Setpgid:                    t.mode != terminalShared,
+			Pdeathsig:                  unix.SIGKILL,
+		},
+	})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("make user, network and mount namespaces: %w", namespaceAdvice(err, sysctl)), w.Close())
+	}
+	c := &child{pid: p.Pid, pipe: w}
+	return c, p.Release() // waited for by PID, as stops matter too
+}
+
+// release lets the stage become the command.
+func (c *child) release(config stageConfig) error {
+	defer func() { c.pipe = nil }()
+	if err := errors.Join(json.NewEncoder(c.pipe).Encode(config), c.pipe.Close()); err != nil && !errors.Is(err, unix.EPIPE) {
+		return fmt.Errorf("start the command: %w", err)
+	}
+	return nil // EPIPE: it has ended, and its status says how
+}
+
+// status takes the status of a child that has ended, as shells put it into one number.
+func (c *child) status() (int, error) {
+	var s unix.WaitStatus
+	for {
+		_, err := unix.Wait4(c.pid, &s, 0, nil)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return 0, os.NewSyscallError("wait4", err)
+		}
+		break
+	}
+	c.reaped = true
+	if s.Signaled() {
+		return statusSignal + int(s.Signal()), nil
+	}
+	return s.ExitStatus(), nil
+}
+
+// abandon ends a child that still lives when we fail.
+func (c *child) abandon() error {
+	if c.reaped {
+		return nil
+	}
+	if c.pipe != nil {
+		c.pipe.Close()
+	}
+	unix.Kill(c.pid, unix.SIGKILL)
+	_, err := c.status()
+	return err
+}
+
+// stageConfigFor says what the command is and what it finds below /etc.
+func stageConfigFor(o *options, e *engine) stageConfig {
+	c := stageConfig{Parent: os.Getpid(), Argv: o.argv}
+	hostname, _ := os.Hostname()
+	hosts, err := os.ReadFile("/etc/hosts")
+	if err == nil { // else the stage says that there is none to mount over
+		c.Files = append(c.Files, etcFile{"/etc/hosts", hostsText(string(hosts), o.plan, hostname)})
+	}
+	if !o.dns {
+		return c
+	}
+	text := resolvConfText(o.plan.dns4, e.search(), e.resolverOptions())
+	c.Files = append(c.Files, etcFile{"/etc/resolv.conf", text})
+	c.Dirs = []etcDir{
+		{"/run/nscd", nil},
+		{"/run/systemd/resolve", []etcFile{{"resolv.conf", text}, {"stub-resolv.conf", text}}},
+	}
+	return c
+}

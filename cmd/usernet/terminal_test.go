@@ -1,0 +1,3 @@
+package main
+
+func terminalRole() int { return 0 }
