@@ -1,0 +1,145 @@
+package netns
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// An Op is done inside a network namespace: on a thread of this process, or in the helper. Its
+// argument and its reply are JSON; files go to the caller of Call, who closes them, and it returns none
+// with an error. It must do its namespace's work on the goroutine that called it, for only
+// that one's thread is inside, and it must not change the thread. ctx ends with the caller.
+type Op func(ctx context.Context, args []byte) (reply []byte, files []*os.File, err error)
+
+// Ops are the operations that a program knows, by name. The same table goes to Call
+// and to HelperMain.
+type Ops map[string]Op
+
+// Handle makes an Op of a function whose argument and reply have types that go through JSON.
+func Handle[A, R any](f func(ctx context.Context, args A) (R, []*os.File, error)) Op {
+	return func(ctx context.Context, raw []byte) ([]byte, []*os.File, error) {
+		var args A
+		if err := json.Unmarshal(raw, &args); err != nil {
+			return nil, nil, fmt.Errorf("arguments: %w", err)
+		}
+		reply, files, err := f(ctx, args)
+		if err != nil {
+			return nil, nil, err
+		}
+		out, err := json.Marshal(reply)
+		if err != nil {
+			closeAll(files)
+			return nil, nil, fmt.Errorf("reply: %w", err)
+		}
+		return out, files, nil
+	}
+}
+
+// Call runs the operation of that name inside the namespace and stores its reply in the value
+// that reply points to; nil drops it. The files that come back are the caller's to close. An error keeps the
+// errno of the system call that failed, wherever that was. Where ctx ends first the helper
+// is ended too, and the next call starts another.
+func (n *NS) Call(ctx context.Context, ops Ops, name string, args, reply any) ([]*os.File, error) {
+	op, ok := ops[name]
+	if !ok {
+		return nil, fmt.Errorf("no operation %q", name)
+	}
+	raw, err := json.Marshal(args)
+	if err != nil {
+		return nil, fmt.Errorf("arguments of %s: %w", name, err)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return nil, fmt.Errorf("%s in %s: %w", name, n.name, os.ErrClosed)
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if n.direct == placeUnknown {
+		if err := n.findPlaceLocked(); err != nil {
+			return nil, fmt.Errorf("enter %s: %w", n.name, err)
+		}
+	}
+	var out []byte
+	var files []*os.File
+	if n.direct == placeThread {
+		var opErr error
+		if err := n.onThread(func() { out, files, opErr = op(ctx, raw) }); err != nil {
+			return nil, fmt.Errorf("enter %s: %w", n.name, err)
+		}
+		err = opErr
+	} else {
+		out, files, err = n.callHelperLocked(ctx, name, raw)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", n.name, err)
+	}
+	if reply == nil {
+		return files, nil
+	}
+	if err := json.Unmarshal(out, reply); err != nil {
+		closeAll(files)
+		return nil, fmt.Errorf("reply of %s: %w", name, err)
+	}
+	return files, nil
+}
+
+// findPlaceLocked tries whether a thread of ours may enter, which needs CAP_SYS_ADMIN both in our own
+// user namespace and in the owner: root has it, and so has what runs in podman's namespace.
+func (n *NS) findPlaceLocked() error {
+	err := n.onThread(func() {})
+	switch {
+	case err == nil:
+		n.direct = placeThread
+	case errors.Is(err, unix.EPERM) && n.userFd >= 0:
+		n.direct = placeHelper
+	case errors.Is(err, unix.EPERM):
+		return errors.Join(err, n.ownerErr)
+	default:
+		return err
+	}
+	return nil
+}
+
+// onThread runs f on a thread inside the namespace. The thread is brought home before any other
+// goroutine gets it; where that fails it is thrown away, which is what ending a locked goroutine does.
+// An error means that f has not run.
+func (n *NS) onThread(f func()) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			runtime.UnlockOSThread()
+			done <- fmt.Errorf("open our own network namespace (is /proc mounted?): %w", err)
+			return
+		}
+		defer unix.Close(home)
+		if err := unix.Setns(n.fd, unix.CLONE_NEWNET); err != nil {
+			runtime.UnlockOSThread()
+			done <- fmt.Errorf("setns: %w", err)
+			return
+		}
+		defer func() {
+			if unix.Setns(home, unix.CLONE_NEWNET) == nil {
+				runtime.UnlockOSThread()
+			}
+			done <- nil
+		}()
+		f()
+	}()
+	return <-done
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
+}

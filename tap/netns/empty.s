@@ -1,0 +1,2 @@
+// Without an assembly file the compiler refuses functions without a body, which spawn.go
+// declares for go:linkname.

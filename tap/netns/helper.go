@@ -1,0 +1,156 @@
+package netns
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/signal"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// helperName is argv[0] of the helper: what "ps" shows, and how main knows what it is.
+const helperName = "usernet-netns-helper"
+
+// helperSocket is the helper's end of the socketpair.
+const helperSocket = 3
+
+// endGrace is how long a helper may take to end after its socket was closed before it is
+// killed. It only exits, so that more than this means that it is stuck in the kernel.
+const endGrace = 2 * time.Second
+
+// IsHelper tells whether this process was started as a helper. main (and TestMain) asks first of
+// all, and then ends with HelperMain's result.
+func IsHelper() bool { return len(os.Args) == 1 && os.Args[0] == helperName }
+
+// HelperMain is the helper's life: it answers calls until the socketpair is closed, by NS.Close or
+// by the end of the parent, whatever ended it. Every thread is in the namespaces already.
+// The result is the exit status.
+func HelperMain(ops Ops) int {
+	// A service manager signals all processes of a group at once; the parent still needs us then.
+	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGPIPE)
+	c, err := newConn(helperSocket)
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "%s: started by hand: it is a part of usernet: %v\n", helperName, err)
+		return 1
+	}
+	defer c.Close()
+	err = serve(c, ops)
+	// A reset comes instead of an end where the parent died without reading an answer.
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", helperName, err)
+		return 1
+	}
+	return 0
+}
+
+// serve reads while an operation runs, to see the parent's end at once; the process ends then with
+// the operation in it.
+func serve(c *net.UnixConn, ops Ops) error {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	calls := make(chan request)
+	defer close(calls)
+	go func() {
+		for r := range calls {
+			a, files := do(ctx, ops, r)
+			err := send(c, a, files)
+			if errors.Is(err, unix.EMSGSIZE) {
+				err = send(c, newAnswer(nil, err), nil)
+			}
+			closeAll(files)
+			if err != nil {
+				return // the parent is gone, and the reader sees it too
+			}
+		}
+	}()
+	for {
+		var r request
+		files, err := receive(c, &r)
+		if err != nil {
+			return err
+		}
+		closeAll(files)
+		calls <- r
+	}
+}
+
+func do(ctx context.Context, ops Ops, r request) (answer, []*os.File) {
+	op, ok := ops[r.Name]
+	if !ok {
+		return newAnswer(nil, fmt.Errorf("no operation %q", r.Name)), nil
+	}
+	reply, files, err := op(ctx, r.Args)
+	return newAnswer(reply, err), files
+}
+
+// helper is the parent's side.
+type helper struct {
+	conn *net.UnixConn
+	proc *os.Process
+}
+
+// callHelperLocked starts the helper if there is none, asks and waits.
+func (n *NS) callHelperLocked(ctx context.Context, name string, args []byte) ([]byte, []*os.File, error) {
+	if n.helper == nil {
+		h, err := startHelper(n.userFd, n.fd)
+		if err != nil {
+			return nil, nil, fmt.Errorf("start a helper inside: %w", err)
+		}
+		n.helper = h
+	}
+	reply, files, err := n.helper.call(ctx, name, args)
+	var remote *remoteError
+	if err != nil && !errors.As(err, &remote) {
+		// Question and answer are no longer in step, or it is gone.
+		err = errors.Join(err, n.helper.close())
+		n.helper = nil
+		if ctx.Err() != nil {
+			err = ctx.Err()
+		}
+	}
+	return reply, files, err
+}
+
+func (h *helper) call(ctx context.Context, name string, args []byte) ([]byte, []*os.File, error) {
+	interrupted := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(interrupted)
+		h.conn.SetDeadline(time.Unix(1, 0))
+	})
+	defer func() {
+		if !stop() {
+			<-interrupted
+		}
+	}()
+	if err := send(h.conn, request{name, args}, nil); err != nil {
+		return nil, nil, fmt.Errorf("ask the helper: %w", err)
+	}
+	var a answer
+	files, err := receive(h.conn, &a)
+	if errors.Is(err, io.EOF) {
+		return nil, nil, errors.New("the helper has ended (its stderr is ours)")
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("the helper's answer: %w", err)
+	}
+	reply, err := a.result()
+	if err != nil {
+		closeAll(files)
+		return nil, nil, err
+	}
+	return reply, files, nil
+}
+
+// close ends the helper and reaps it.
+func (h *helper) close() error {
+	h.conn.Close()
+	kill := time.AfterFunc(endGrace, func() { h.proc.Kill() })
+	defer kill.Stop()
+	_, err := h.proc.Wait()
+	return err
+}

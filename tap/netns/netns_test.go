@@ -1,0 +1,412 @@
+package netns_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"usernet/tap/netns"
+	"usernet/tap/taptest"
+)
+
+// ops are what the tests do inside.
+var ops = netns.Ops{
+	"where":  netns.Handle(where),
+	"socket": netns.Handle(socket),
+	"fail": netns.Handle(func(_ context.Context, text string) (struct{}, []*os.File, error) {
+		return struct{}{}, nil, fmt.Errorf("%s: %w", text, unix.EBUSY)
+	}),
+	"hang": netns.Handle(func(ctx context.Context, _ struct{}) (struct{}, []*os.File, error) {
+		<-ctx.Done()
+		return struct{}{}, nil, ctx.Err()
+	}),
+	"die": netns.Handle(func(context.Context, struct{}) (struct{}, []*os.File, error) {
+		os.Exit(7)
+		panic("unreachable")
+	}),
+	"large": netns.Handle(func(_ context.Context, size int) (string, []*os.File, error) {
+		return strings.Repeat("x", size), nil, nil
+	}),
+}
+
+func TestMain(m *testing.M) { taptest.MainHere(m, ops) }
+
+type place struct {
+	PID   int
+	Net   string
+	User  string
+	Links []string
+	Caps  string // CapEff of /proc
+	NoNew string
+	Files []string
+}
+
+func where(context.Context, struct{}) (place, []*os.File, error) {
+	p := place{PID: os.Getpid()}
+	p.Net, _ = os.Readlink("/proc/thread-self/ns/net")
+	p.User, _ = os.Readlink("/proc/thread-self/ns/user")
+	links, err := net.Interfaces()
+	for _, l := range links {
+		p.Links = append(p.Links, l.Name)
+	}
+	status, _ := os.ReadFile("/proc/thread-self/status")
+	for line := range strings.Lines(string(status)) {
+		if s, ok := strings.CutPrefix(line, "CapEff:"); ok {
+			p.Caps = strings.TrimSpace(s)
+		}
+		if s, ok := strings.CutPrefix(line, "NoNewPrivs:"); ok {
+			p.NoNew = strings.TrimSpace(s)
+		}
+	}
+	fds, _ := os.ReadDir("/proc/self/fd")
+	for _, fd := range fds {
+		what, _ := os.Readlink("/proc/self/fd/" + fd.Name())
+		p.Files = append(p.Files, fd.Name()+" "+what)
+	}
+	return p, nil, err
+}
+
+// socket makes a socket inside and passes it out with its namespace's inode.
+func socket(context.Context, struct{}) (struct{}, []*os.File, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return struct{}{}, nil, err
+	}
+	return struct{}{}, []*os.File{os.NewFile(uintptr(fd), "socket")}, nil
+}
+
+func link(t *testing.T, path string) string {
+	t.Helper()
+	target, err := os.Readlink(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return target
+}
+
+func TestCallIsInside(t *testing.T) {
+	for _, owner := range taptest.Owners {
+		for _, way := range []string{"found", "helper"} {
+			t.Run(owner.String()+"/"+way, func(t *testing.T) {
+				ns := taptest.NewNS(t, owner)
+				n := ns.Open(t)
+				if way == "helper" {
+					n.UseHelper()
+				}
+				before := link(t, "/proc/self/ns/net")
+				for range 3 { // the same helper each time
+					var p place
+					if _, err := n.Call(t.Context(), ops, "where", struct{}{}, &p); err != nil {
+						t.Fatal(err)
+					}
+					if want := link(t, ns.Path()); p.Net != want || p.Net == before {
+						t.Fatalf("it ran in %s, want %s (ours is %s)", p.Net, want, before)
+					}
+					if len(p.Links) != 1 || p.Links[0] != "lo" {
+						t.Errorf("interfaces there: %v, want lo", p.Links)
+					}
+					switch pid := n.HelperPID(); {
+					case n.Direct() && (pid != 0 || p.PID != os.Getpid()):
+						t.Errorf("direct, yet done by %d (helper %d)", p.PID, pid)
+					case !n.Direct() && (pid == 0 || p.PID != pid):
+						t.Errorf("done by %d, want the helper %d", p.PID, pid)
+					}
+					if way == "helper" {
+						checkHelper(t, p)
+					}
+				}
+				if now := link(t, "/proc/self/ns/net"); now != before {
+					t.Errorf("our own thread is in %s now, was in %s", now, before)
+				}
+			})
+		}
+	}
+}
+
+// checkHelper: a helper has three capabilities, can gain none, and holds nothing of ours but stderr.
+func checkHelper(t *testing.T, p place) {
+	t.Helper()
+	if p.Caps != "0000000000003400" || p.NoNew != "1" {
+		t.Errorf("capabilities %s, no_new_privs %s; want NET_ADMIN, NET_RAW, NET_BIND_SERVICE and 1", p.Caps, p.NoNew)
+	}
+	for _, f := range p.Files {
+		fd, what, _ := strings.Cut(f, " ")
+		ok := fd == "2" || what == "/dev/null" && (fd == "0" || fd == "1") || fd == "3" && strings.HasPrefix(what, "socket:") ||
+			strings.HasPrefix(what, "anon_inode:[event") || strings.HasPrefix(what, "/proc/") || what == "" ||
+			strings.HasPrefix(what, "socket:") || // the conn's own copy of 3
+			strings.Contains(what, "/cgroup/") // the Go runtime reads the CPU limit there
+		if !ok {
+			t.Errorf("the helper holds descriptor %s", f)
+		}
+	}
+}
+
+func TestPlainUserNeedsHelper(t *testing.T) {
+	if os.Geteuid() == 0 {
+		t.Skip("root enters by itself")
+	}
+	for _, owner := range taptest.Owners {
+		n := taptest.NewNS(t, owner).Open(t)
+		if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil {
+			t.Errorf("%s: %v", owner, err)
+		}
+		if n.Direct() {
+			t.Errorf("%s: entered directly", owner)
+		}
+	}
+}
+
+func TestInheritedPipeDoesNotReachHelper(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	n := taptest.NewNS(t, taptest.OwnerRoot).Open(t)
+	n.UseHelper()
+	if _, err := unix.FcntlInt(w.Fd(), unix.F_SETFD, 0); err != nil { // as a --ready-fd comes to us
+		t.Fatal(err)
+	}
+	if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	if rest, err := io.ReadAll(r); err != nil || len(rest) != 0 { // hangs if the helper has it
+		t.Errorf("read %q, %v", rest, err)
+	}
+}
+
+func TestFilesComeOut(t *testing.T) {
+	for _, helper := range []bool{false, true} {
+		ns := taptest.NewNS(t, taptest.OwnerRoot)
+		n := ns.Open(t)
+		if helper {
+			n.UseHelper()
+		}
+		files, err := n.Call(t.Context(), ops, "socket", struct{}{}, nil)
+		if err != nil || len(files) != 1 {
+			t.Fatalf("helper %v: %d files, %v", helper, len(files), err)
+		}
+		defer files[0].Close()
+		flags, err := unix.FcntlInt(files[0].Fd(), unix.F_GETFD, 0)
+		if err != nil || flags&unix.FD_CLOEXEC == 0 {
+			t.Errorf("helper %v: descriptor flags %#x, %v; want close-on-exec", helper, flags, err)
+		}
+		// lo is down there: nothing is reachable, whatever our own namespace has.
+		sa := &unix.SockaddrInet4{Port: 9, Addr: [4]byte{127, 0, 0, 1}}
+		if err := unix.Connect(int(files[0].Fd()), sa); !errors.Is(err, unix.ENETUNREACH) {
+			t.Errorf("helper %v: connect inside: %v, want ENETUNREACH", helper, err)
+		}
+	}
+}
+
+func TestErrorsKeepErrno(t *testing.T) {
+	for _, helper := range []bool{false, true} {
+		n := taptest.NewNS(t, taptest.OwnerRoot).Open(t)
+		if helper {
+			n.UseHelper()
+		}
+		_, err := n.Call(t.Context(), ops, "fail", "attach", nil)
+		if !errors.Is(err, unix.EBUSY) || !strings.Contains(err.Error(), "attach: ") {
+			t.Errorf("helper %v: %v", helper, err)
+		}
+		if _, err := n.Call(t.Context(), ops, "nothing", nil, nil); err == nil {
+			t.Errorf("helper %v: an unknown operation was done", helper)
+		}
+		if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil {
+			t.Errorf("helper %v: after an error: %v", helper, err)
+		}
+	}
+}
+
+func TestHelperComesBack(t *testing.T) {
+	n := taptest.NewNS(t, taptest.OwnerRoot).Open(t)
+	n.UseHelper()
+	if _, err := n.Call(t.Context(), ops, "die", struct{}{}, nil); err == nil {
+		t.Error("a call whose helper died succeeded")
+	}
+	if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil {
+		t.Error("the next call:", err)
+	}
+}
+
+func TestCallEndsWithContext(t *testing.T) {
+	n := taptest.NewNS(t, taptest.OwnerRoot).Open(t)
+	n.UseHelper()
+	if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		_, err := n.Call(ctx, ops, "hang", struct{}{}, nil)
+		done <- err
+	}()
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil {
+		t.Error("the next call:", err)
+	}
+}
+
+func TestAnswerTooLong(t *testing.T) {
+	n := taptest.NewNS(t, taptest.OwnerRoot).Open(t)
+	n.UseHelper()
+	var s string
+	if _, err := n.Call(t.Context(), ops, "large", 60_000, &s); err != nil || len(s) != 60_000 {
+		t.Errorf("%d octets, %v", len(s), err)
+	}
+	if _, err := n.Call(t.Context(), ops, "large", 70_000, &s); !errors.Is(err, unix.EMSGSIZE) {
+		t.Errorf("70 000 octets: %v, want EMSGSIZE", err)
+	}
+}
+
+func TestCloseReapsHelper(t *testing.T) {
+	n, err := netns.OpenPID(taptest.NewNS(t, taptest.OwnerSelf).PID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.UseHelper()
+	if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	pid := n.HelperPID()
+	for range 2 {
+		if err := n.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := unix.Kill(pid, 0); !errors.Is(err, unix.ESRCH) {
+		t.Errorf("the helper's PID after Close: %v, want none", err)
+	}
+	if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("call after Close: %v", err)
+	}
+}
+
+func TestOpenRefuses(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fifo := filepath.Join(dir, "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	loop := filepath.Join(dir, "loop")
+	if err := os.Symlink("loop", loop); err != nil {
+		t.Fatal(err)
+	}
+	ended := exec.Command("true")
+	if err := ended.Run(); err != nil {
+		t.Fatal(err)
+	}
+	gone := ended.Process.Pid
+	for _, c := range []struct {
+		cfg  netns.Config
+		want string
+		err  error
+	}{
+		{netns.Config{}, "by a PID or by a path", nil},
+		{netns.Config{PID: 1, Path: "/x"}, "by a PID or by a path", nil},
+		{netns.Config{PID: -1}, "a PID is positive", nil},
+		{netns.Config{PID: gone}, "no such process", unix.ESRCH},
+		{netns.Config{Path: fmt.Sprintf("/proc/%d/ns/net", gone)}, "no such process", unix.ESRCH},
+		{netns.Config{Path: filepath.Join(dir, "absent")}, "no such file", unix.ENOENT},
+		{netns.Config{Path: filepath.Join(dir, "absent", "x")}, "no such file", unix.ENOENT},
+		{netns.Config{Path: file}, "an ordinary file", nil},
+		{netns.Config{Path: fifo}, "an ordinary file", nil},
+		{netns.Config{Path: loop}, "symbolic links", unix.ELOOP},
+		{netns.Config{Path: "/"}, "a directory", nil},
+		{netns.Config{Path: "/proc/self/ns/user"}, "another kind (user)", nil},
+		{netns.Config{PID: os.Getpid(), UserPath: "/proc/self/ns/net"}, "not a user namespace", nil},
+	} {
+		n, err := netns.Open(c.cfg)
+		if err == nil {
+			n.Close()
+			t.Errorf("%+v was opened", c.cfg)
+			continue
+		}
+		if !strings.Contains(err.Error(), c.want) || c.err != nil && !errors.Is(err, c.err) {
+			t.Errorf("%+v: %v; want %q and %v", c.cfg, err, c.want, c.err)
+		}
+	}
+}
+
+func TestOpenForeignProcess(t *testing.T) {
+	if os.Geteuid() == 0 {
+		t.Skip("root may look into every process")
+	}
+	_, err := netns.OpenPID(1)
+	if !errors.Is(err, unix.EACCES) || !strings.Contains(err.Error(), "belongs to uid 0") {
+		t.Errorf("process 1: %v; want EACCES and who owns it", err)
+	}
+}
+
+func TestOwnNamespaceWithoutRights(t *testing.T) {
+	if os.Geteuid() == 0 {
+		t.Skip("root may do all of it")
+	}
+	n, err := netns.OpenPID(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	_, err = n.Call(t.Context(), ops, "where", struct{}{}, nil)
+	if !errors.Is(err, unix.EINVAL) || !strings.Contains(err.Error(), "CAP_SYS_ADMIN") {
+		t.Errorf("enter the host's own: %v; want the capability that lacks", err)
+	}
+}
+
+func TestUserPath(t *testing.T) {
+	ns := taptest.NewNS(t, taptest.OwnerRoot)
+	n, err := netns.Open(netns.Config{PID: ns.PID, UserPath: fmt.Sprintf("/proc/%d/ns/user", ns.PID)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	n.UseHelper()
+	var p place
+	if _, err := n.Call(t.Context(), ops, "where", struct{}{}, &p); err != nil || p.Net != link(t, ns.Path()) {
+		t.Errorf("%+v, %v", p, err)
+	}
+}
+
+func TestLock(t *testing.T) {
+	ns := taptest.NewNS(t, taptest.OwnerRoot)
+	a, b := ns.Open(t), ns.Open(t)
+	a.UseHelper()
+	if err := a.Lock(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil { // no fd of the lock lives on in the helper
+		t.Fatal(err)
+	}
+	if err := b.Lock(); !errors.Is(err, unix.EBUSY) || !strings.Contains(err.Error(), "busy") {
+		t.Errorf("a second lock: %v, want EBUSY", err)
+	}
+	if err := a.Unlock(); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Lock(); err != nil {
+		t.Error("after Unlock:", err)
+	}
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Lock(); err != nil {
+		t.Error("after Close of the other:", err)
+	}
+}

@@ -1,0 +1,146 @@
+package netns
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// Between us and the helper goes one SOCK_SEQPACKET message each way per call: JSON, with the
+// operation's files as SCM_RIGHTS beside the answer.
+
+const (
+	// maxMessage bounds a message, in octets. A unix socket takes one message of up to its send
+	// buffer, 208 KiB unless the host's net.core.wmem_default is lower; answers are a few hundred octets.
+	maxMessage = 64 << 10
+
+	// maxFiles is the kernel's limit for one message (SCM_MAX_FD).
+	maxFiles = 253
+)
+
+type request struct {
+	Name string
+	Args json.RawMessage
+}
+
+type answer struct {
+	Reply json.RawMessage `json:",omitempty"`
+	Err   string          `json:",omitempty"`
+	Errno unix.Errno      `json:",omitempty"`
+}
+
+// A remoteError is an error of the helper: its text, and the errno in it.
+type remoteError struct {
+	text  string
+	errno unix.Errno
+}
+
+func (e *remoteError) Error() string { return e.text }
+
+func (e *remoteError) Unwrap() error {
+	if e.errno == 0 {
+		return nil
+	}
+	return e.errno
+}
+
+func newAnswer(reply []byte, err error) answer {
+	if err == nil {
+		return answer{Reply: reply}
+	}
+	a := answer{Err: err.Error()}
+	errors.As(err, &a.Errno)
+	return a
+}
+
+func (a answer) result() ([]byte, error) {
+	if a.Err != "" {
+		return nil, &remoteError{a.Err, a.Errno}
+	}
+	return a.Reply, nil
+}
+
+// send writes v as one message, with files beside it, which stay the caller's.
+func send(c *net.UnixConn, v any, files []*os.File) error {
+	raw, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	if len(raw) > maxMessage || len(files) > maxFiles {
+		return fmt.Errorf("a message of %d octets and %d files: %w", len(raw), len(files), unix.EMSGSIZE)
+	}
+	var oob []byte
+	if len(files) > 0 {
+		fds := make([]int, len(files))
+		for i, f := range files {
+			fds[i] = int(f.Fd())
+		}
+		oob = unix.UnixRights(fds...)
+	}
+	_, _, err = c.WriteMsgUnix(raw, oob, nil)
+	return err
+}
+
+// receive reads one message into v. io.EOF means that the other end is gone.
+func receive(c *net.UnixConn, v any) ([]*os.File, error) {
+	raw := make([]byte, maxMessage)
+	oob := make([]byte, unix.CmsgSpace(4*maxFiles))
+	n, oobn, flags, _, err := c.ReadMsgUnix(raw, oob) // sets close-on-exec on what it gets
+	if err != nil {
+		return nil, err
+	}
+	if n == 0 && oobn == 0 {
+		return nil, io.EOF
+	}
+	files, err := rights(oob[:oobn])
+	if err == nil && flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
+		err = fmt.Errorf("a message was cut off: %w", unix.EMSGSIZE)
+	}
+	if err == nil {
+		err = json.Unmarshal(raw[:n], v)
+	}
+	if err != nil {
+		closeAll(files)
+		return nil, err
+	}
+	return files, nil
+}
+
+func rights(oob []byte) ([]*os.File, error) {
+	messages, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil, err
+	}
+	var files []*os.File
+	for _, m := range messages {
+		fds, err := unix.ParseUnixRights(&m)
+		if err != nil {
+			continue
+		}
+		for _, fd := range fds {
+			files = append(files, os.NewFile(uintptr(fd), "netns"))
+		}
+	}
+	return files, nil
+}
+
+// newConn makes a conn of one end of a socketpair, and closes fd.
+func newConn(fd int) (*net.UnixConn, error) {
+	f := os.NewFile(uintptr(fd), "netns helper")
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		c.Close()
+		return nil, fmt.Errorf("descriptor %d is no unix socket: %w", fd, unix.ENOTSOCK)
+	}
+	return u, nil
+}
