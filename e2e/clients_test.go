@@ -39,8 +39,7 @@ func TestCurl(t *testing.T) {
 			}
 		})
 		t.Run(f.name+" by name", func(t *testing.T) {
-			url := lab.outside.serveHTTP(t, map[string]string{"-4": "198.51.100.9:80", "-6": "[2001:db8:1::9]:80"}[f.flag], files())
-			_ = url
+			lab.outside.serveHTTP(t, map[string]string{"-4": "198.51.100.9:80", "-6": "[2001:db8:1::9]:80"}[f.flag], files())
 			if got := c.must(t, "curl", "-sS", f.flag, "http://web.test/5"); got != string(pattern[:5]) {
 				t.Errorf("got %q, want the first 5 octets of the pattern", got)
 			}
@@ -166,7 +165,7 @@ func TestHalfCloseNetcat(t *testing.T) {
 		}()
 		_, port, _ := net.SplitHostPort(l.Addr().String())
 		// cat ends at the server's FIN, and only then the client speaks.
-		c.sh(t, "exec 3<>/dev/null; socat -t 30 TCP4:"+outsideAddr4+":"+port+" SYSTEM:'cat >/dev/null; printf answer'")
+		c.sh(t, "socat -t 30 TCP4:"+outsideAddr4+":"+port+" SYSTEM:'cat >/dev/null; printf answer'")
 		if s := <-got; s != "answer" {
 			t.Errorf("the server got %q after its FIN, want %q", s, "answer")
 		}
@@ -182,7 +181,7 @@ func TestOpenSSL(t *testing.T) {
 		"-keyout", key, "-out", cert, "-days", "1", "-subj", "/CN=server.test", "-addext", "subjectAltName=DNS:server.test")
 	server := where{place: lab.outside}.start(t, nil, "openssl", "s_server", "-accept", outsideAddr4+":4433", "-key", key, "-cert", cert, "-rev")
 	server.has(t, "ACCEPT")
-	out := c.sh(t, "(echo tamatoa; sleep 1) | openssl s_client -connect "+outsideAddr4+":4433 -CAfile "+cert+" -verify_hostname server.test -verify_return_error -quiet 2>&1")
+	out := c.sh(t, "printf 'tamatoa\\nCLOSE\\n' | openssl s_client -connect "+outsideAddr4+":4433 -CAfile "+cert+" -verify_hostname server.test -verify_return_error -quiet 2>&1")
 	if !strings.Contains(out, "aotamat") {
 		t.Errorf("openssl s_client got %q, want the line reversed", out)
 	}
@@ -195,7 +194,8 @@ func TestGitClone(t *testing.T) {
 	lab.root.sh(t, "cd "+dir+` && git init -q origin && cd origin &&
 		for i in 1 2 3 4 5; do head -c 300000 /dev/urandom >file$i; git add file$i
 		git -c user.name=n -c user.email=e@test commit -q -m "commit $i"; done`)
-	daemon := where{place: lab.outside}.start(t, nil, "git", "daemon", "--verbose", "--log-destination=stderr", "--export-all", "--reuseaddr",
+	libexec := strings.TrimSpace(lab.root.must(t, "git", "--exec-path"))
+	daemon := where{place: lab.outside}.start(t, nil, filepath.Join(libexec, "git-daemon"), "--verbose", "--log-destination=stderr", "--export-all", "--reuseaddr",
 		"--listen="+outsideAddr4, "--base-path="+dir)
 	daemon.has(t, "Ready to rumble")
 	c.must(t, "git", "clone", "-q", "git://"+outsideAddr4+"/origin", filepath.Join(dir, "clone"))

@@ -156,14 +156,19 @@ func launch(t testing.TB, args ...string) *usernet {
 // begin is launch without an expectation for the end.
 func begin(t testing.TB, args ...string) *usernet {
 	t.Helper()
-	r, w, err := os.Pipe()
+	return lab.home.begin(t, args...)
+}
+
+func (w where) begin(t testing.TB, args ...string) *usernet {
+	t.Helper()
+	r, writer, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer r.Close()
 	args = append([]string{binary, "--ready-fd", "3", "--log-level", "debug"}, args...)
-	u := &usernet{lab.home.start(t, func(cmd *exec.Cmd) { cmd.ExtraFiles = []*os.File{w} }, args...)}
-	w.Close()
+	u := &usernet{w.start(t, func(cmd *exec.Cmd) { cmd.ExtraFiles = []*os.File{writer} }, args...)}
+	writer.Close()
 	ready := make(chan string, 1)
 	go func() {
 		b := make([]byte, 8)

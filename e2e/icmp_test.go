@@ -1,9 +1,12 @@
 package e2e
 
 import (
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestPing(t *testing.T) {
@@ -47,16 +50,30 @@ func TestPingUnreachable(t *testing.T) {
 // Where the host forbids ping sockets the container is told, and the log has the remedy, once.
 func TestPingForbidden(t *testing.T) {
 	needs(t, "ping")
-	c := newContainer(t)
-	if err := sysctl(lab.host, "ipv4/ping_group_range", "1 0"); err != nil {
+	// A new network namespace forbids them, and what the lab's host permits it cannot take back: that range would
+	// need a group that its user namespace does not have.
+	strict, err := newPlace("strict host", func() error { return unix.Unshare(unix.CLONE_NEWNET) })
+	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := sysctl(lab.host, "ipv4/ping_group_range", "0 0"); err != nil {
-			t.Error(err)
+	t.Cleanup(strict.close)
+	for _, step := range []string{
+		"ip link set lo up",
+		"ip link add world type veth peer name host0",
+		"ip link set world up",
+		"ip link set host0 up",
+		"ip addr add 203.0.113.1/24 dev world",
+		"ip addr add 2001:db8::1/64 dev world nodad",
+		"ip route add default via 203.0.113.2",
+		"ip route add default via 2001:db8::2",
+	} {
+		if out, err := at(strict, strings.Fields(step)...); err != nil {
+			t.Fatalf("%s: %v: %s", step, err, out)
 		}
-	})
-	u := attach(t, c)
+	}
+	c := newContainer(t)
+	u := where{place: strict, prefix: lab.home.prefix}.begin(t, strconv.Itoa(c.pid))
+	t.Cleanup(func() { u.end(t) })
 	c.must(t, "ping", "-c", "1", "-W", "10", gateway4) // it always answers
 	for target, want := range map[string]string{outsideAddr4: "Packet filtered", outsideAddr6: "Administratively prohibited"} {
 		out, code := c.run(t, "ping", "-c", "2", "-i", "0.2", "-W", "10", target)

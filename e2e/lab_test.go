@@ -140,6 +140,7 @@ func newLab() error {
 		{lab.host, "ipv4/ping_group_range", "0 0"},
 		{lab.outside, "ipv4/ip_forward", "1"},
 		{lab.outside, "ipv6/conf/all/forwarding", "1"},
+		{lab.outside, "ipv6/ip_nonlocal_bind", "1"}, // a local route is not enough to bind to it
 		// Every packet that is refused is told so, not some of them a second.
 		{lab.outside, "ipv4/icmp_ratelimit", "0"},
 		{lab.outside, "ipv6/icmp/ratelimit", "0"},

@@ -14,7 +14,7 @@ import (
 )
 
 // patience bounds everything that a test waits for; no test measures by it.
-const patience = 60 * time.Second
+const patience = 30 * time.Second
 
 // A where is a place and who one is there.
 type where struct {
@@ -60,7 +60,8 @@ func (w where) start(t testing.TB, change func(*exec.Cmd), args ...string) *proc
 	p.cmd.Stdout, p.cmd.Stderr = p.out, p.out
 	// A grandchild that keeps our pipe open must not keep the test.
 	p.cmd.WaitDelay = 5 * time.Second
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	// A group of its own, so that what it has started ends with it.
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	if change != nil {
 		change(p.cmd)
 	}
@@ -74,8 +75,12 @@ func (w where) start(t testing.TB, change func(*exec.Cmd), args ...string) *proc
 		close(p.ended)
 	}()
 	t.Cleanup(func() {
-		p.cmd.Process.Kill()
-		<-p.ended
+		select {
+		case <-p.ended: // its number may be another's now
+		default:
+			syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
+			<-p.ended
+		}
 		if t.Failed() {
 			t.Logf("$ %s\n%s", p.name, tail(p.out.String()))
 		}
