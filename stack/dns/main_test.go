@@ -19,6 +19,13 @@ import (
 
 // TestMain holds that no test leaves a goroutine or a descriptor behind.
 func TestMain(m *testing.M) {
+	if arg := os.Getenv("TEST_SANDBOX"); arg != "" {
+		if err := sandboxed(arg); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	before := descriptors()
 	code := m.Run()
 	deadline := time.Now().Add(5 * time.Second)
