@@ -48,7 +48,7 @@ var layers = map[string]rule{
 	"stack/ra":   {outside: []string{pcap, xnet}},
 
 	"forwarder":       {ours: []string{"stack", "forwarder/relay"}, outside: []string{xsys, xnet, xsync}, tests: []string{"tap/taptest"}},
-	"forwarder/relay": {outside: []string{xsys}},
+	"forwarder/relay": {ours: []string{"stack"}, outside: []string{xsys}}, // stack.Readiness
 	"portdriver":      {ours: []string{"forwarder/relay", "tap/inside"}, outside: []string{xsys, "github.com/rootless-containers/rootlesskit/v3/pkg/port/..."}, tests: []string{"tap/taptest"}},
 	"api":             {ours: []string{"portdriver"}, outside: []string{"github.com/rootless-containers/rootlesskit/v3/pkg/...", "github.com/prometheus/client_golang/..."}},
 	"network":         {ours: []string{"tap/...", "stack", "portdriver"}, outside: []string{xsys}},
