@@ -11,6 +11,8 @@ import (
 )
 
 const (
+	parameterProblem4 = 12
+
 	udpHeaderLen  = 8
 	echoHeaderLen = 8
 
@@ -94,6 +96,9 @@ func (f *Forwarder) pass(r *errorReader, fl *flow, ee *unix.SockExtendedErr, rea
 	switch ee.Origin {
 	case unix.SO_EE_ORIGIN_ICMP, unix.SO_EE_ORIGIN_ICMP6:
 		i.Type, i.Code, i.Info = ee.Type, ee.Code, ee.Info
+		if ee.Origin == unix.SO_EE_ORIGIN_ICMP && ee.Type == parameterProblem4 {
+			i.Info <<= 24 // the kernel gives the pointer, which is the word's first octet (RFC 792)
+		}
 		i.From = f.router(r.anc.offender, real.Addr(), used.Addr())
 		f.send(k, i)
 	case unix.SO_EE_ORIGIN_LOCAL:

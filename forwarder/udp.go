@@ -104,10 +104,11 @@ func (f *Forwarder) sendApart(s *sender, fl *flow, run []stack.Datagram) {
 		if segment <= 0 || segment > octets {
 			segment = octets
 		}
-		for off := 0; off == 0 || off < octets; off += segment {
+		for off, more := 0, true; more; more = off < octets { // once for an empty datagram
 			n := min(segment, octets-off)
 			s.appendPart(d.Payload, off, n)
 			f.sentUDP(s, d, 1, n, f.push(s, fl, 0))
+			off += n
 		}
 	}
 }

@@ -9,9 +9,13 @@ import (
 // errno told us. ok is false for errors that no ICMP message stands for, a timeout for
 // one: silence is told by silence.
 func Unreachable(v6 bool, err error) (typ, code uint8, ok bool) {
-	var errno syscall.Errno
-	if !errors.As(err, &errno) {
-		return 0, 0, false
+	errno, ok := err.(syscall.Errno) // nearly always, and without allocating
+	if !ok {
+		var wrapped syscall.Errno
+		if !errors.As(err, &wrapped) {
+			return 0, 0, false
+		}
+		errno = wrapped
 	}
 	var m struct{ type4, code4, type6, code6 uint8 }
 	switch errno {
