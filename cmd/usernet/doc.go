@@ -8,7 +8,8 @@
 //	plan.go      the addresses of the namespace, a pure function
 //	attach.go    usernet PID|PATH: what the process does before and after the engine
 //	run.go       usernet run: the same around a child process; stage.go is that child,
-//	             etcfiles.go and mounts.go its files, terminal.go its terminal, userns.go its IDs
+//	             etcfiles.go and mounts.go its files, terminal.go its terminal, userns.go its IDs,
+//	             guard.go a process that ends it all when run is killed
 //	engine.go    namespace, TAP, stack, forwarder and DNS put together, run and taken down
 //	life.go      what ends a life: signals, a hung-up descriptor, the namespace's end
 //	fds.go       descriptors and files given by flags

@@ -16,7 +16,6 @@ import (
 	"usernet/stack/dns"
 	"usernet/stack/ra"
 	"usernet/tap"
-	"usernet/tap/capture"
 	"usernet/tap/netns"
 )
 
@@ -36,7 +35,6 @@ type engine struct {
 
 	ns      *netns.NS
 	tap     *tap.Device
-	capture *capture.Capture // nil: none
 	forward *forwarder.Forwarder
 	stack   *stack.Stack
 	resolv  *dns.ResolvConf // nil without a resolver
@@ -149,13 +147,13 @@ func (e *engine) names() map[string][]netip.Addr {
 func (e *engine) stackConfig() (stack.Config, error) {
 	o, p := e.o, e.o.plan
 	c := stack.Config{
-		MTU: o.mtu, MAC: p.gatewayMAC(),
+		MTU: e.tap.MTU(), MAC: p.gatewayMAC(),
 		Gateway4: withLen(p.gateway4, p.net4), Gateway6: withLen(p.gateway6, p.net6),
 		Extra:     valid(p.dns4, p.dns6, p.host6),
 		LinkLocal: p.linkLocal,
 		Log:       e.log,
 	}
-	d := dhcp.Config{Subnet: p.net4, Gateway: p.gateway4, Client: p.container4, MTU: o.mtu, Search: e.search()}
+	d := dhcp.Config{Subnet: p.net4, Gateway: p.gateway4, Client: p.container4, MTU: e.tap.MTU(), Search: e.search()}
 	if o.dns {
 		d.DNS = p.dns4
 	}
@@ -168,7 +166,7 @@ func (e *engine) stackConfig() (stack.Config, error) {
 		return reply, to, ok
 	}
 	if p.net6.IsValid() {
-		r := ra.Config{Prefix: p.net6, MTU: o.mtu, Search: e.search(), LinkAddr: [6]byte(p.gatewayMAC())}
+		r := ra.Config{Prefix: p.net6, MTU: e.tap.MTU(), Search: e.search(), LinkAddr: [6]byte(p.gatewayMAC())}
 		if o.dns {
 			r.DNS = []netip.Addr{p.dns6}
 		}
@@ -238,9 +236,6 @@ func (e *engine) close() error {
 	var errs []error
 	if e.forward != nil {
 		errs = append(errs, e.forward.Close())
-	}
-	if e.capture != nil {
-		errs = append(errs, e.capture.Close())
 	}
 	if e.tap != nil {
 		errs = append(errs, e.tap.Close())

@@ -30,6 +30,8 @@ func main() {
 		os.Exit(netns.HelperMain(tap.Ops()))
 	case isStage(os.Args):
 		os.Exit(stageMain(os.Args))
+	case isGuard(os.Args):
+		os.Exit(guardMain())
 	}
 	os.Exit(usernet(os.Args[1:]))
 }

@@ -14,6 +14,9 @@ var roles = map[string]func() int{
 const roleVariable = "USERNET_TEST_ROLE"
 
 func TestMain(m *testing.M) {
+	if isGuard(os.Args) {
+		os.Exit(guardMain())
+	}
 	if role := roles[os.Getenv(roleVariable)]; role != nil {
 		os.Exit(role())
 	}

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"usernet/forwarder"
+	"usernet/tap"
 )
 
 // A command is what argv asks for.
@@ -165,19 +166,11 @@ func parseAttach(args []string) (*options, error) {
 	return o, checkTAPName(o.tapName)
 }
 
-// checkTAPName holds a name against the kernel's rule, dev_valid_name of net/core/dev.c: the
-// library that makes the device would cut a long one off without a word.
 func checkTAPName(name string) error {
-	switch {
-	case len(name) > 15:
-		return fmt.Errorf("TAP name %s has %d octets; Linux allows 15", name, len(name))
-	case name == "." || name == "..",
-		strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == '/' || r == ':' || r == '%' || r == 0x7f }):
-		return fmt.Errorf("%q cannot name a TAP: no spaces, '/', ':' or '%%'", name)
-	case name == "lo" || name == "all" || name == "default":
-		return fmt.Errorf("%q cannot name a TAP: Linux uses that name itself", name)
+	if name == "lo" {
+		return errors.New("the TAP cannot be called lo: that is the loopback interface")
 	}
-	return nil
+	return tap.CheckName(name)
 }
 
 func digits(s string) bool {

@@ -40,6 +40,11 @@ func run(o *options, log *slog.Logger) (_ int, err error) {
 	}
 	t.child = child.pid
 	defer func() { err = errors.Join(err, child.abandon()) }()
+	g, err := startGuard(child.pid)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, g.dismiss()) }()
 
 	// Until the command runs, a signal that would end it ends us.
 	ctx, cancel := context.WithCancelCause(context.Background())
