@@ -6,8 +6,10 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -45,20 +47,27 @@ func TestDialErrors(t *testing.T) {
 	}
 }
 
-// A host without IPv6 refuses it at once, so that clients fall back.
-func TestNoIPv6OnHost(t *testing.T) {
+// A host without a family refuses it at once, so that clients fall back to the other.
+func TestFamilyMissingOnHost(t *testing.T) {
 	c := connected(t)
-	lab.root.must(t, "ip", "-6", "route", "del", "default")
-	t.Cleanup(func() { lab.root.must(t, "ip", "-6", "route", "add", "default", "via", outsideAddr6) })
-	start := time.Now()
-	if _, err := c.net.dial("tcp", "["+moreAddr6+"]:80"); !errors.Is(err, unix.ENETUNREACH) {
-		t.Errorf("dial IPv6 without a route: %v, want ENETUNREACH", err)
-	}
-	if err := sendError(t, c.net, "["+moreAddr6+"]:80"); !errors.Is(err, unix.ENETUNREACH) {
-		t.Errorf("datagram over IPv6 without a route: %v, want ENETUNREACH", err)
-	}
-	if took := time.Since(start); took > 3*time.Second {
-		t.Errorf("took %v", took)
+	for _, test := range []struct{ family, via, target string }{
+		{"-4", outsideAddr4, moreAddr4},
+		{"-6", outsideAddr6, "[" + moreAddr6 + "]"},
+	} {
+		t.Run(test.family, func(t *testing.T) {
+			lab.root.must(t, "ip", test.family, "route", "del", "default")
+			t.Cleanup(func() { lab.root.must(t, "ip", test.family, "route", "add", "default", "via", test.via) })
+			start := time.Now()
+			if _, err := c.net.dial("tcp", test.target+":80"); !errors.Is(err, unix.ENETUNREACH) {
+				t.Errorf("dial without a route: %v, want ENETUNREACH", err)
+			}
+			if err := sendError(t, c.net, test.target+":80"); !errors.Is(err, unix.ENETUNREACH) {
+				t.Errorf("datagram without a route: %v, want ENETUNREACH", err)
+			}
+			if took := time.Since(start); took > 3*time.Second {
+				t.Errorf("took %v", took)
+			}
+		})
 	}
 }
 
@@ -83,14 +92,16 @@ func TestBlackHoles(t *testing.T) {
 					}
 				}
 			})
-			defer func() {
+			giveUp := sync.OnceFunc(func() {
 				for _, fd := range fds {
 					unix.Close(fd)
 				}
-			}()
+			})
+			defer giveUp()
 			if err != nil {
 				t.Fatal(err)
 			}
+			eventually(t, "the dials hang on the host", func() bool { return synSent(t) >= 400 })
 			var times []time.Duration
 			for range 9 {
 				start := time.Now()
@@ -103,8 +114,29 @@ func TestBlackHoles(t *testing.T) {
 			if times[4] > time.Second {
 				t.Errorf("median %v", times[4])
 			}
+			// A kernel that gives up says nothing; its SYNs stay away.
+			giveUp()
+			eventually(t, "the host's dials end after the container's", func() bool { return synSent(t) == 0 })
 		})
 	}
+}
+
+// synSent counts the host's dials in flight.
+func synSent(t testing.TB) int {
+	t.Helper()
+	n := 0
+	lab.host.do(func() {
+		text, err := os.ReadFile("/proc/thread-self/net/tcp")
+		if err != nil {
+			t.Error(err)
+		}
+		for line := range strings.Lines(string(text)) {
+			if f := strings.Fields(line); len(f) > 3 && f[3] == "02" { // TCP_SYN_SENT
+				n++
+			}
+		}
+	})
+	return n
 }
 
 // An abort is never turned into an end, in either direction.

@@ -81,17 +81,12 @@ func TestUDPFilter(t *testing.T) {
 	c := connected(t)
 	asked := lab.outside.listenUDP(t, outsideAddr4+":0")
 	stranger := lab.outside.listenUDP(t, outsideAddr4+":0")
-	conn := c.net.connect(t, "udp", asked.LocalAddr().String())
-	conn.Write([]byte("?"))
-	b := make([]byte, 64)
-	_, from, err := asked.ReadFromUDPAddrPort(b)
-	if err != nil {
-		t.Fatal(err)
-	}
 	// An unconnected socket in the container would take anything that came in.
 	all := c.net.listenUDP(t, container4+":45680")
 	all.WriteToUDPAddrPort([]byte("?"), netip.MustParseAddrPort(asked.LocalAddr().String()))
-	if _, from, err = asked.ReadFromUDPAddrPort(b); err != nil {
+	b := make([]byte, 64)
+	_, from, err := asked.ReadFromUDPAddrPort(b)
+	if err != nil {
 		t.Fatal(err)
 	}
 	stranger.WriteToUDPAddrPort([]byte("stranger"), from)
@@ -159,4 +154,42 @@ func TestUDPErrors(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A path with a smaller MTU is told to a sender that forbids fragments (RFC 1191).
+func TestPathMTU(t *testing.T) {
+	narrow := func(mtu string) {
+		t.Helper()
+		for p, dev := range map[*place]string{lab.outside: "far0", lab.far: "near0"} {
+			if out, err := at(p, "ip", "link", "set", dev, "mtu", mtu); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+		}
+	}
+	narrow("1000")
+	t.Cleanup(func() {
+		narrow("1500")
+		lab.root.must(t, "ip", "route", "flush", "cache")
+	})
+	c := connected(t)
+	conn := c.net.connect(t, "udp", farAddr4+":9").(*net.UDPConn)
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "a datagram of 1200 octets is too long for the path", func() bool {
+		_, err := conn.Write(pattern[:1200])
+		return errors.Is(err, unix.EMSGSIZE)
+	})
+	var mtu int
+	raw.Control(func(fd uintptr) { mtu, err = unix.GetsockoptInt(int(fd), unix.SOL_IP, unix.IP_MTU) })
+	if err != nil || mtu != 1000 {
+		t.Errorf("the container knows a path MTU of %d, %v; want 1000", mtu, err)
+	}
 }
