@@ -62,10 +62,8 @@ func (n *NS) Call(ctx context.Context, ops Ops, name string, args, reply any) ([
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if n.direct == placeUnknown {
-		if err := n.findPlaceLocked(); err != nil {
-			return nil, fmt.Errorf("enter %s: %w", n.name, err)
-		}
+	if err := n.settleLocked(ctx); err != nil {
+		return nil, err
 	}
 	var out []byte
 	var files []*os.File
@@ -89,6 +87,46 @@ func (n *NS) Call(ctx context.Context, ops Ops, name string, args, reply any) ([
 		return nil, fmt.Errorf("reply of %s: %w", name, err)
 	}
 	return files, nil
+}
+
+// settleLocked finds the place for calls, and replaces our descriptor by one that was opened inside: one
+// of a bind mount keeps that mount busy, and whoever made the namespace shall be able to unmount it.
+func (n *NS) settleLocked(ctx context.Context) error {
+	if n.direct == placeUnknown {
+		if err := n.findPlaceLocked(); err != nil {
+			return fmt.Errorf("enter %s: %w", n.name, err)
+		}
+	}
+	if n.unpinned || n.life.pidfd >= 0 { // those of /proc are of no mount
+		return nil
+	}
+	var files []*os.File
+	var opErr, err error
+	if n.direct == placeThread {
+		err = n.onThread(func() { _, files, opErr = ownNamespace() })
+	} else {
+		_, files, err = n.callHelperLocked(ctx, opSelf, nil)
+	}
+	if err = errors.Join(err, opErr); err == nil {
+		err = unix.Dup3(int(files[0].Fd()), n.fd, unix.O_CLOEXEC)
+	}
+	closeAll(files)
+	if err != nil {
+		return fmt.Errorf("enter %s: %w", n.name, err)
+	}
+	n.unpinned = true
+	return nil
+}
+
+// opSelf is an operation that every helper knows.
+const opSelf = "netns.self"
+
+func ownNamespace() ([]byte, []*os.File, error) {
+	f, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		return nil, nil, fmt.Errorf("open it from inside (is /proc mounted?): %w", err)
+	}
+	return nil, []*os.File{f}, nil
 }
 
 // findPlaceLocked tries whether a thread of ours may enter, which needs CAP_SYS_ADMIN both in our own

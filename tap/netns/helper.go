@@ -80,6 +80,10 @@ func serve(c *net.UnixConn, ops Ops) error {
 }
 
 func do(ctx context.Context, ops Ops, r request) (answer, []*os.File) {
+	if r.Name == opSelf {
+		reply, files, err := ownNamespace()
+		return newAnswer(reply, err), files
+	}
 	op, ok := ops[r.Name]
 	if !ok {
 		return newAnswer(nil, fmt.Errorf("no operation %q", r.Name)), nil

@@ -1,6 +1,7 @@
 package netns
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -33,10 +34,11 @@ type NS struct {
 
 	ownerErr error
 
-	mu     sync.Mutex // guards what follows, and is held during a call: calls take turns
-	direct place
-	helper *helper
-	closed bool
+	mu       sync.Mutex // guards what follows, and is held during a call: calls take turns
+	direct   place
+	unpinned bool // fd is not of a bind mount, or not any more
+	helper   *helper
+	closed   bool
 }
 
 // place is where calls run.
@@ -168,7 +170,17 @@ func (n *NS) openOwner(path string) error {
 // process however it ends; EBUSY where someone else has it. It is a flock on the namespace's own
 // file: every opener of one namespace gets the same inode, and nothing is left in a file
 // system. A process inside may take it too, which harms nobody but itself.
-func (n *NS) Lock() error {
+//
+// It enters the namespace once, as Call does, since the lock goes with a descriptor that stays.
+func (n *NS) Lock(ctx context.Context) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return fmt.Errorf("lock %s: %w", n.name, os.ErrClosed)
+	}
+	if err := n.settleLocked(ctx); err != nil {
+		return err
+	}
 	err := unix.Flock(n.fd, unix.LOCK_EX|unix.LOCK_NB)
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		return fmt.Errorf("%s is busy: another usernet serves it: %w", n.name, unix.EBUSY)
@@ -180,7 +192,14 @@ func (n *NS) Lock() error {
 }
 
 // Unlock gives up what Lock took.
-func (n *NS) Unlock() error { return unix.Flock(n.fd, unix.LOCK_UN) }
+func (n *NS) Unlock() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return nil
+	}
+	return unix.Flock(n.fd, unix.LOCK_UN)
+}
 
 // Close ends the helper, waits for it, and gives up the namespace and its lock. A second call does nothing.
 func (n *NS) Close() error {

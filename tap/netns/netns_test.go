@@ -388,25 +388,25 @@ func TestLock(t *testing.T) {
 	ns := taptest.NewNS(t, taptest.OwnerRoot)
 	a, b := ns.Open(t), ns.Open(t)
 	a.UseHelper()
-	if err := a.Lock(); err != nil {
+	if err := a.Lock(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := a.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil { // no fd of the lock lives on in the helper
 		t.Fatal(err)
 	}
-	if err := b.Lock(); !errors.Is(err, unix.EBUSY) || !strings.Contains(err.Error(), "busy") {
+	if err := b.Lock(t.Context()); !errors.Is(err, unix.EBUSY) || !strings.Contains(err.Error(), "busy") {
 		t.Errorf("a second lock: %v, want EBUSY", err)
 	}
 	if err := a.Unlock(); err != nil {
 		t.Fatal(err)
 	}
-	if err := b.Lock(); err != nil {
+	if err := b.Lock(t.Context()); err != nil {
 		t.Error("after Unlock:", err)
 	}
 	if err := b.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := a.Lock(); err != nil {
+	if err := a.Lock(t.Context()); err != nil {
 		t.Error("after Close of the other:", err)
 	}
 }

@@ -1,6 +1,7 @@
 package taptest
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -35,14 +36,11 @@ func Main(m *testing.M, ops netns.Ops) {
 	if os.Getenv(insideEnv) == "" {
 		os.Exit(again())
 	}
-	if err := settle(); err != nil {
-		fmt.Fprintln(os.Stderr, "taptest:", err)
-		os.Exit(1)
-	}
 	os.Exit(checkLeaks(m.Run))
 }
 
-// MainHere is Main without the namespaces: the tests keep the rights of their user.
+// MainHere is Main without the namespaces: the tests keep the rights of their user, except where they ask
+// for Inside.
 func MainHere(m *testing.M, ops netns.Ops) {
 	be(ops)
 	os.Exit(checkLeaks(m.Run))
@@ -66,7 +64,49 @@ func be(ops netns.Ops) {
 			fmt.Println(err)
 		}
 		os.Exit(0)
+	case os.Getenv(insideEnv) != "":
+		if err := settle(); err != nil {
+			fmt.Fprintln(os.Stderr, "taptest:", err)
+			os.Exit(1)
+		}
 	}
+}
+
+// Inside runs the calling test once more in a process and in user, network and mount namespaces of its
+// own, as their root, where it may mount and chroot as it likes. It returns true there, and false when
+// that is done and the caller has nothing more to do.
+func Inside(t *testing.T) bool {
+	t.Helper()
+	if os.Getenv(insideEnv) != "" {
+		return true
+	}
+	cmd := exec.Command("/proc/self/exe", "-test.v", "-test.run", "^"+strings.ReplaceAll(t.Name(), "/", "$/^")+"$")
+	cmd.Args[0] = os.Args[0]
+	runtime.LockOSThread() // the death signal is bound to the thread
+	defer runtime.UnlockOSThread()
+	enterNew(cmd)
+	out, err := cmd.CombinedOutput()
+	switch {
+	case forbidden(err):
+		t.Skipf("this machine forbids user namespaces: %v", err)
+	case err != nil:
+		t.Errorf("in namespaces of its own: %v\n%s", err, out)
+	case bytes.Contains(out, []byte("--- SKIP: "+t.Name())):
+		t.Skipf("in namespaces of its own:\n%s", out)
+	case !bytes.Contains(out, []byte("--- PASS: "+t.Name())):
+		t.Errorf("in namespaces of its own it did not run:\n%s", out)
+	}
+	return false
+}
+
+// enterNew makes cmd start in new namespaces, as root there.
+func enterNew(cmd *exec.Cmd) {
+	cmd.Env = append(os.Environ(), insideEnv+"=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNET | unix.CLONE_NEWNS,
+		Pdeathsig:  syscall.SIGKILL,
+	}
+	mapIDs(cmd.SysProcAttr, 0, 0)
 }
 
 // again runs this test binary in new namespaces, and returns its exit status.
@@ -74,13 +114,8 @@ func again() int {
 	runtime.LockOSThread() // the death signal is bound to the thread
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
-	cmd.Env = append(os.Environ(), insideEnv+"=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNET | unix.CLONE_NEWNS,
-		Pdeathsig:  syscall.SIGKILL,
-	}
-	mapIDs(cmd.SysProcAttr, 0, 0)
+	enterNew(cmd)
 	err := cmd.Run()
 	var exit *exec.ExitError
 	switch {

@@ -1,0 +1,144 @@
+package tap
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// dress gives the interface what it lacks: everything where it is new or was left unfinished, nothing
+// where it has addresses. Each step may be done twice, for a predecessor may have died after any.
+func (r *opened) dress(nl *netlink.Handle, tun *netlink.Tuntap, cfg Config, unfinished bool) error {
+	if unfinished {
+		if err := nl.LinkSetAlias(tun, aliasUnfinished); err != nil {
+			return fmt.Errorf("interface %s: name its maker: %w", cfg.Name, err)
+		}
+		if err := nl.LinkSetMTU(tun, cfg.MTU); err != nil {
+			return fmt.Errorf("interface %s: MTU %d: %w", cfg.Name, cfg.MTU, err)
+		}
+		if cfg.MAC != nil {
+			if err := nl.LinkSetHardwareAddr(tun, cfg.MAC); err != nil {
+				return fmt.Errorf("interface %s: MAC %s: %w", cfg.Name, cfg.MAC, err)
+			}
+		}
+	}
+	if err := r.look(nl, cfg.Name); err != nil {
+		return err
+	}
+	if cfg.Configure && (unfinished || len(r.Addrs) == 0) {
+		if err := r.configure(nl, tun, cfg); err != nil {
+			return err
+		}
+		if err := r.look(nl, cfg.Name); err != nil {
+			return err
+		}
+	}
+	if unfinished {
+		if err := nl.LinkSetAlias(tun, aliasOurs); err != nil {
+			return fmt.Errorf("interface %s: name its maker: %w", cfg.Name, err)
+		}
+	}
+	return nil
+}
+
+// look reads back what the interface has.
+func (r *opened) look(nl *netlink.Handle, name string) error {
+	link, err := nl.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("interface %s: %w", name, err)
+	}
+	r.MTU, r.MAC = link.Attrs().MTU, link.Attrs().HardwareAddr
+	addrs, err := nl.AddrList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		return fmt.Errorf("interface %s: its addresses: %w", name, err)
+	}
+	r.Addrs = nil
+	for _, a := range addrs {
+		ip, ok := netip.AddrFromSlice(a.IP)
+		if ip = ip.Unmap(); !ok || ip.IsLinkLocalUnicast() && ip.Is6() {
+			continue // every interface that is up has one of those
+		}
+		ones, _ := a.Mask.Size()
+		r.Addrs = append(r.Addrs, netip.PrefixFrom(ip, ones))
+	}
+	return nil
+}
+
+func (r *opened) configure(nl *netlink.Handle, tun *netlink.Tuntap, cfg Config) error {
+	lo, err := nl.LinkByName("lo")
+	if err == nil {
+		err = nl.LinkSetUp(lo)
+	}
+	if err != nil {
+		return fmt.Errorf("bring lo up: %w", err)
+	}
+	with6 := cfg.IPv6.IsValid() && r.prepare6(cfg.Name)
+	if cfg.IPv4.IsValid() {
+		if err := nl.AddrReplace(tun, &netlink.Addr{IPNet: ipNet(cfg.IPv4)}); err != nil {
+			return fmt.Errorf("interface %s: address %s: %w", cfg.Name, cfg.IPv4, err)
+		}
+	}
+	if with6 {
+		// Nobody else is on this link, so that the second of duplicate address detection, in which nothing
+		// can be sent, would be lost.
+		if err := nl.AddrReplace(tun, &netlink.Addr{IPNet: ipNet(cfg.IPv6), Flags: unix.IFA_F_NODAD}); err != nil {
+			return fmt.Errorf("interface %s: address %s: %w", cfg.Name, cfg.IPv6, err)
+		}
+	}
+	if err := nl.LinkSetUp(tun); err != nil {
+		return fmt.Errorf("interface %s: bring it up: %w", cfg.Name, err)
+	}
+	if err := defaultRoute(nl, tun, cfg.Gateway4); err != nil {
+		return err
+	}
+	if with6 {
+		return defaultRoute(nl, tun, cfg.Gateway6)
+	}
+	return nil
+}
+
+func defaultRoute(nl *netlink.Handle, tun *netlink.Tuntap, gateway netip.Addr) error {
+	if !gateway.IsValid() {
+		return nil
+	}
+	all := netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+	if gateway.Is6() {
+		all = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+	}
+	err := nl.RouteReplace(&netlink.Route{LinkIndex: tun.Attrs().Index, Dst: ipNet(all), Gw: gateway.AsSlice()})
+	if err != nil {
+		return fmt.Errorf("interface %s: default route by %s: %w", tun.Attrs().Name, gateway, err)
+	}
+	return nil
+}
+
+// prepare6 makes the interface ready for a static IPv6 address, and tells whether it can have one: runtimes
+// turn IPv6 off in a namespace by a sysctl that we may or may not be able to write.
+func (r *opened) prepare6(name string) bool {
+	dir := "/proc/sys/net/ipv6/conf/" + name + "/"
+	if off, err := os.ReadFile(dir + "disable_ipv6"); errors.Is(err, fs.ErrNotExist) {
+		r.Warnings = append(r.Warnings, "the kernel has no IPv6: the container gets IPv4 only")
+		return false
+	} else if err == nil && string(off) != "0\n" {
+		if err := os.WriteFile(dir+"disable_ipv6", []byte("0"), 0); err != nil {
+			r.Warnings = append(r.Warnings, fmt.Sprintf("IPv6 is off in the namespace (sysctl net.ipv6.conf.%s.disable_ipv6) and cannot be turned on: %v", name, err))
+			return false
+		}
+	}
+	// Link-local addresses would be tentative for a second as well; and our own router
+	// advertisements, which are for whoever configures itself, would add a second address and route. Where
+	// /proc is read-only both are a matter of taste, not of function.
+	os.WriteFile(dir+"accept_dad", []byte("0"), 0)
+	os.WriteFile(dir+"accept_ra", []byte("0"), 0)
+	return true
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
