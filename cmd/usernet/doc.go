@@ -13,5 +13,6 @@
 //	engine.go    namespace, TAP, stack, forwarder and DNS put together, run and taken down
 //	life.go      what ends a life: signals, a hung-up descriptor, the namespace's end
 //	fds.go       descriptors and files given by flags
+//	stats.go     what was counted, in the log at the end
 //	sandbox.go   what the process gives up once all is open; caps.go, root.go, landlock.go, seccomp.go its parts
 package main

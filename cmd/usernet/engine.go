@@ -8,7 +8,10 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"usernet/forwarder"
 	"usernet/stack"
@@ -127,12 +130,26 @@ func (e *engine) openResolver() error {
 	if e.resolv, err = dns.OpenResolvConf("/etc/resolv.conf"); err != nil {
 		return fmt.Errorf("the host's resolvers: %w (name others with --dns, or none with --no-dns)", err)
 	}
-	config := dns.Config{Upstreams: e.resolv, Names: dns.StaticNames(e.names()), Log: e.log}
+	config := dns.Config{Upstreams: e.resolv, Names: dns.StaticNames(e.names()), Dial: e.dialResolver, Log: e.log}
 	if len(e.o.upstreams) > 0 {
 		config.Upstreams = dns.StaticUpstreams(e.o.upstreams)
 	}
 	e.server, err = dns.New(config)
 	return err
+}
+
+// dialResolver reaches the host's resolvers from where all else leaves the host.
+func (e *engine) dialResolver(ctx context.Context, network string, server netip.AddrPort) (net.Conn, error) {
+	family := unix.AF_INET
+	if server.Addr().Is6() {
+		family = unix.AF_INET6
+	}
+	d := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		cerr := c.Control(func(fd uintptr) { err = e.o.outbound.Prepare(int(fd), family, server.Addr()) })
+		return errors.Join(cerr, err)
+	}}
+	return d.DialContext(ctx, network, server.String())
 }
 
 // names are the host's, which no other resolver knows.
@@ -276,18 +293,4 @@ func (e *engine) resolverOptions() []string {
 		return nil
 	}
 	return e.resolv.Options()
-}
-
-// A namedStats is what one package has counted.
-type namedStats struct {
-	name   string
-	values any
-}
-
-func (e *engine) stats() []namedStats {
-	s := []namedStats{{"stack", e.stack.Stats()}, {"forwarder", e.forward.Stats()}}
-	if e.server != nil {
-		s = append(s, namedStats{"dns", e.server.Stats()})
-	}
-	return s
 }

@@ -108,7 +108,12 @@ func newFlags(run bool) *flags {
 	g.BoolVar(&f.noSandbox, "no-sandbox", false, "keep every right that usernet was started with")
 
 	g = f.group("Watching")
-	g.StringVar(&f.logLevel, "log-level", "info", "least `LEVEL` that is logged: debug, info, warn or error")
+	// A command's terminal is its own: of run only what went wrong is worth a line there.
+	level := "info"
+	if run {
+		level = "warn"
+	}
+	g.StringVar(&f.logLevel, "log-level", level, "least `LEVEL` that is logged: debug, info, warn or error; of run by default warn")
 	g.StringVar(&f.logFormat, "log-format", "text", "`FORMAT` of the log on standard error: text or json")
 	g.StringVar(&f.pcap, "pcap", "", "`FILE` to write every frame to (pcapng, for wireshark or tcpdump -r)")
 	g.Var(&f.pcapSize, "pcap-size", "`SIZE` in octets (K, M, G: binary) at which the capture stops")

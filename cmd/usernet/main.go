@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"runtime"
 
@@ -81,10 +80,3 @@ type statusError struct {
 }
 
 func (e statusError) Unwrap() error { return e.error }
-
-// logStats writes a line per package of what was counted.
-func logStats(log *slog.Logger, e *engine) {
-	for _, s := range e.stats() {
-		log.Info("counted", s.name, s.values)
-	}
-}

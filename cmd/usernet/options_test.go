@@ -99,17 +99,17 @@ func TestParse(t *testing.T) {
 		{"1 --log-level debug --log-format json --pcap f --pcap-size 2G --no-sandbox", defaults(func(o *options) {
 			o.pid, o.logLevel, o.logFormat, o.pcap, o.pcapSize, o.sandbox = 1, slog.LevelDebug, "json", "f", 2<<30, false
 		})},
-		{"run", defaults(func(o *options) { o.command, o.argv = cmdRun, []string{"/bin/zsh"} })},
-		{"run --", defaults(func(o *options) { o.command, o.argv = cmdRun, []string{"/bin/zsh"} })},
-		{"run curl --mtu 9", defaults(func(o *options) { o.command, o.argv = cmdRun, line("curl --mtu 9") })},
-		{"run --mtu 1500 -- --odd -x", defaults(func(o *options) { o.command, o.mtu, o.argv = cmdRun, 1500, line("--odd -x") })},
-		{"run --tap-name eth7 sh -- -c", defaults(func(o *options) { o.command, o.tapName, o.argv = cmdRun, "eth7", line("sh -- -c") })},
+		{"run", defaults(func(o *options) { o.command, o.logLevel, o.argv = cmdRun, slog.LevelWarn, []string{"/bin/zsh"} })},
+		{"run --", defaults(func(o *options) { o.command, o.logLevel, o.argv = cmdRun, slog.LevelWarn, []string{"/bin/zsh"} })},
+		{"run curl --mtu 9", defaults(func(o *options) { o.command, o.logLevel, o.argv = cmdRun, slog.LevelWarn, line("curl --mtu 9") })},
+		{"run --log-level info --mtu 1500 -- --odd -x", defaults(func(o *options) { o.command, o.mtu, o.argv = cmdRun, 1500, line("--odd -x") })},
+		{"run --log-level=info --tap-name eth7 sh -- -c", defaults(func(o *options) { o.command, o.tapName, o.argv = cmdRun, "eth7", line("sh -- -c") })},
 		{"help", &options{command: cmdHelp}},
 		{"help run", &options{command: cmdHelp}},
 		{"--help", &options{command: cmdHelp}},
 		{"1 -h", &options{command: cmdHelp}},
 		{"run --help", &options{command: cmdHelp}},
-		{"run ls --help", defaults(func(o *options) { o.command, o.argv = cmdRun, line("ls --help") })},
+		{"run ls --help", defaults(func(o *options) { o.command, o.logLevel, o.argv = cmdRun, slog.LevelWarn, line("ls --help") })},
 		{"version", &options{command: cmdVersion}},
 		{"--version", &options{command: cmdVersion}},
 	} {
