@@ -31,7 +31,12 @@ func ownIDs() (idMaps, error) {
 		one := func(id int) []syscall.SysProcIDMap { return []syscall.SysProcIDMap{{HostID: id, Size: 1}} }
 		return idMaps{uids: one(os.Geteuid()), gids: one(os.Getegid())}, nil
 	}
-	m := idMaps{setgroups: true}
+	// In a user namespace that an ordinary user made it is forbidden for good, and for what is below too.
+	text, err := os.ReadFile("/proc/self/setgroups")
+	if err != nil {
+		return idMaps{}, err
+	}
+	m := idMaps{setgroups: string(text) != "deny\n"}
 	for _, f := range []struct {
 		path string
 		to   *[]syscall.SysProcIDMap
