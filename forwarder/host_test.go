@@ -2,12 +2,27 @@ package forwarder
 
 import (
 	"errors"
+	"net"
 	"os"
 	"os/exec"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
+
+// newNetNS puts the test's goroutine, and the sockets and processes that it makes, into a network
+// namespace of its own, with lo up. Its thread ends with it.
+func newNetNS(t *testing.T) {
+	t.Helper()
+	runtime.LockOSThread()
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "ip", "link", "set", "lo", "up")
+}
 
 // run runs a command that the tests need in their network namespace.
 func run(t *testing.T, name string, args ...string) {
@@ -44,13 +59,12 @@ func addHostAddress(t *testing.T, prefixes ...string) {
 // linkMTU sets an interface's MTU for the length of the test.
 func linkMTU(t *testing.T, link string, mtu int) {
 	t.Helper()
-	old, err := os.ReadFile("/sys/class/net/" + link + "/mtu")
+	i, err := net.InterfaceByName(link)
 	if err != nil {
-		t.Skip(err)
+		t.Fatal(err)
 	}
-	_ = old
 	run(t, "ip", "link", "set", link, "mtu", strconv.Itoa(mtu))
-	t.Cleanup(func() { run(t, "ip", "link", "set", link, "mtu", "65536") })
+	t.Cleanup(func() { run(t, "ip", "link", "set", link, "mtu", strconv.Itoa(i.MTU)) })
 }
 
 // sysctl sets a sysctl of the tests' network namespace for the length of the test.
