@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"usernet/forwarder/relay"
 	"usernet/stack"
 
 	"golang.org/x/sys/unix"
@@ -52,6 +53,8 @@ type Forwarder struct {
 
 	stack Stack
 
+	tcp           tcpCounts
+	relay         *relay.Loop
 	udp, echo     kind
 	poller        *poller
 	receiver      *receiver
@@ -72,6 +75,7 @@ func New(cfg Config) (*Forwarder, error) {
 		return nil, err
 	}
 	limits := LimitsFor(cfg.MaxFiles)
+	cfg.TCP = cfg.TCP.withDefaults(limits)
 	cfg.UDP, cfg.Echo = cfg.UDP.withDefaults(limits), cfg.Echo.withDefaults(limits)
 	start := time.Now()
 	f := &Forwarder{
@@ -95,6 +99,11 @@ func New(cfg Config) (*Forwarder, error) {
 		f.poller.close()
 		return nil, fmt.Errorf("forwarder: %w", err)
 	}
+	if f.relay, err = relay.NewLoop(); err != nil {
+		f.receiver.close()
+		f.poller.close()
+		return nil, fmt.Errorf("forwarder: %w", err)
+	}
 	return f, nil
 }
 
@@ -111,7 +120,16 @@ func (f *Forwarder) Bind(s Stack) { f.stack = s }
 // Run forwards until ctx ends, and returns when all it has begun has ended. It is called once.
 func (f *Forwarder) Run(ctx context.Context) error {
 	defer f.Close()
-	if err := f.poller.run(ctx, f.ready, f.tick); err != nil {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	relayed := make(chan error, 1)
+	go func() {
+		defer cancel()
+		relayed <- f.relay.Run(ctx)
+	}()
+	err := f.poller.run(ctx, f.ready, f.tick)
+	cancel()
+	if err := errors.Join(err, <-relayed); err != nil {
 		return fmt.Errorf("forwarder: %w", err)
 	}
 	return nil
@@ -125,6 +143,7 @@ func (f *Forwarder) Close() error {
 				fl.release()
 			}
 		}
+		f.relay.Close()
 		f.receiver.close()
 		f.poller.close()
 	})
@@ -185,22 +204,41 @@ func (f *Forwarder) noFlow(k *kind, n int, err error) {
 	switch {
 	case errors.Is(err, errStopped):
 		k.count.drop(dropStopped, n)
-	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.EAGAIN):
+	case noFiles(err):
 		k.count.drop(dropFiles, n)
-		if now, last := f.now(), f.filesLogged.Load(); (last == 0 || now-last >= filesLogEvery) && f.filesLogged.CompareAndSwap(last, now) {
-			f.log.Warn("no socket for a new flow of the container: it is dropped", "error", err,
-				"remedy", "raise the limit of open files (ulimit -Hn)")
-		}
+		f.noFile(err)
 	default:
 		k.count.drop(dropError, n)
 		f.log.Debug("no socket for a flow", "error", err)
 	}
 }
 
+// noFiles tells whether err is that the process or the host has no room for another socket.
+func noFiles(err error) bool {
+	for _, e := range []error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EAGAIN} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// noFile says, now and then, that a flow was dropped for want of a socket.
+func (f *Forwarder) noFile(err error) {
+	now, last := f.now(), f.filesLogged.Load()
+	if (last == 0 || now-last >= filesLogEvery) && f.filesLogged.CompareAndSwap(last, now) {
+		f.log.Warn("no socket for a new flow of the container: it is dropped", "error", err,
+			"remedy", "raise the limit of open files (ulimit -Hn)")
+	}
+}
+
 // Stats are counts since the start.
-type Stats struct{ UDP, Echo FlowStats }
+type Stats struct {
+	TCP       TCPStats
+	UDP, Echo FlowStats
+}
 
 // Stats may be called at any time.
 func (f *Forwarder) Stats() Stats {
-	return Stats{UDP: f.udp.count.snapshot(), Echo: f.echo.count.snapshot()}
+	return Stats{TCP: f.tcpStats(), UDP: f.udp.count.snapshot(), Echo: f.echo.count.snapshot()}
 }

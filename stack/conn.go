@@ -153,26 +153,24 @@ func (c *consumer) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// Fill has read fill buffers with up to n octets and sends them to the container. read
-// is called, possibly more than once, only while there is room, and without netstack's
-// locks; it must have n octets ready, or else end with an error: io.EOF sends what there is.
-// err is read's, or unix.EAGAIN when there is no room, or the errno that ended the
-// connection (read has not been called then). One goroutine at a time may fill or write.
+// Fill has read provide n octets, in as many calls as it takes, and sends them to the container;
+// less if there is less room. read is called only while there is room, and without netstack's
+// locks; it must have n octets ready. err is read's (nothing is sent then, and what it has read is lost), or
+// unix.EAGAIN when there is no room, or the errno that ended the connection; read has
+// not been called in these two cases. One goroutine at a time may fill or write.
 func (c *Conn) Fill(n int, read func(p []byte) (int, error)) (int, error) {
 	c.feed = feeder{read: read, left: n}
 	sent, terr := c.ep.Write(&c.feed, tcpip.WriteOptions{})
 	err := c.feed.err
 	c.feed = feeder{}
-	switch {
-	case err != nil && err != io.EOF:
+	if err != nil {
 		return int(sent), err
-	case terr != nil:
-		return int(sent), errno(terr)
 	}
-	return int(sent), nil
+	return int(sent), errno(terr)
 }
 
-// feeder is the tcpip.Payloader of Fill.
+// feeder is the tcpip.Payloader of Fill. One that ends early with io.EOF would be asked for ever
+// (buffer.WriteFromReaderAndLimitedReader never sees an io.EOF); TestDrainAndFill pins it.
 type feeder struct {
 	read func([]byte) (int, error)
 	left int
@@ -182,16 +180,19 @@ type feeder struct {
 func (f *feeder) Len() int { return f.left }
 
 func (f *feeder) Read(p []byte) (int, error) {
-	if f.left == 0 || f.err != nil {
-		return 0, io.EOF
+	if f.err != nil {
+		return 0, f.err
+	}
+	if len(p) == 0 {
+		return 0, nil // netstack asks whether this is the end
 	}
 	n, err := f.read(p[:min(len(p), f.left)])
 	f.left -= n
-	if err != nil {
-		f.err = err
-		return n, io.EOF
+	if err == nil && n == 0 || err == io.EOF {
+		err = io.ErrUnexpectedEOF
 	}
-	return n, nil
+	f.err = err
+	return n, err
 }
 
 // Close ends the connection in order: what was written is still delivered, then FIN. What the

@@ -34,6 +34,10 @@ type Config struct {
 	// The zero Prefix turns the family off.
 	Gateway4, Gateway6 netip.Prefix
 
+	// NextHop4 and NextHop6 are where addresses outside the gateways' subnets are reached. Zero:
+	// they are all taken to be on the link, as the world's end of a link with one container sees it.
+	NextHop4, NextHop6 netip.Addr
+
 	// Extra are further addresses of ours: we answer ARP and neighbour solicitations for
 	// them, and Listen and ListenPacket may use them.
 	Extra []netip.Addr
@@ -163,7 +167,7 @@ func (s *Stack) configure() error {
 		if err := s.addAddress(g.Addr(), g.Bits()); err != nil {
 			return err
 		}
-		routes = append(routes, tcpip.Route{Destination: zero4, NIC: nicID})
+		routes = append(routes, routesBy(g, s.cfg.NextHop4)...)
 	}
 	if g := s.cfg.Gateway6; g.IsValid() {
 		bits[false] = g.Bits()
@@ -172,7 +176,7 @@ func (s *Stack) configure() error {
 				return err
 			}
 		}
-		routes = append(routes, tcpip.Route{Destination: zero6, NIC: nicID})
+		routes = append(routes, routesBy(g, s.cfg.NextHop6)...)
 	}
 	for _, a := range s.cfg.Extra {
 		if err := s.addAddress(a, bits[a.Is4()]); err != nil {
@@ -181,6 +185,22 @@ func (s *Stack) configure() error {
 	}
 	s.ns.SetRouteTable(routes)
 	return nil
+}
+
+// routesBy returns the routes of one family: g's subnet is on the link, the rest behind next.
+func routesBy(g netip.Prefix, next netip.Addr) []tcpip.Route {
+	all := zero4
+	if g.Addr().Is6() {
+		all = zero6
+	}
+	if !next.IsValid() {
+		return []tcpip.Route{{Destination: all, NIC: nicID}}
+	}
+	subnet := tcpip.AddressWithPrefix{Address: address(g.Addr()), PrefixLen: g.Bits()}.Subnet()
+	return []tcpip.Route{
+		{Destination: subnet, NIC: nicID},
+		{Destination: all, Gateway: address(next), NIC: nicID},
+	}
 }
 
 func (s *Stack) addAddress(a netip.Addr, bits int) error {

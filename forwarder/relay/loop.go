@@ -53,15 +53,13 @@ func (l *Loop) Stats() Stats {
 	}
 }
 
-// NewLoop opens what the workers need; nothing runs before Run, whose end closes it.
+// NewLoop opens what the workers need; nothing runs before Run. Close closes it.
 func NewLoop() (*Loop, error) {
 	l := &Loop{}
 	for range min(runtime.GOMAXPROCS(0), maxWorkers) {
 		w, err := newWorker(l)
 		if err != nil {
-			for _, w := range l.workers {
-				w.close()
-			}
+			l.Close()
 			return nil, fmt.Errorf("make a relay worker: %w", err)
 		}
 		l.workers = append(l.workers, w)
@@ -78,6 +76,14 @@ func (l *Loop) Run(ctx context.Context) error {
 	}
 	wg.Wait()
 	return errors.Join(errs...)
+}
+
+// Close releases what NewLoop opened. Run must have ended, or never been called; it may be called again.
+func (l *Loop) Close() {
+	for _, w := range l.workers {
+		w.close()
+	}
+	l.workers = nil
 }
 
 // ErrStopped is what Join returns once Run has ended.

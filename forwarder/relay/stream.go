@@ -251,7 +251,8 @@ func (w *worker) readHost(p []byte) (int, error) {
 			w.hostErr = os.NewSyscallError("read", err)
 			return 0, w.hostErr
 		case n == 0:
-			return 0, io.EOF
+			w.hostErr = io.ErrUnexpectedEOF
+			return 0, w.hostErr
 		}
 		return n, nil
 	}

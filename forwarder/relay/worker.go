@@ -128,7 +128,6 @@ func (w *worker) kick() {
 
 // run pumps until ctx ends, then aborts all streams.
 func (w *worker) run(ctx context.Context) error {
-	defer w.close()
 	kicked := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		w.kick()

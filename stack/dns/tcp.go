@@ -22,7 +22,7 @@ const maxPipelined = 16
 func (s *Server) serveStream(ctx context.Context, ln net.Listener) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	for {
+	for said := false; ; {
 		conn, err := ln.Accept()
 		if err != nil {
 			if ctx.Err() != nil {
@@ -31,10 +31,14 @@ func (s *Server) serveStream(ctx context.Context, ln net.Listener) error {
 			if !passing(err) {
 				return fmt.Errorf("accept questions on tcp %s: %w", ln.Addr(), err)
 			}
-			s.cfg.Log.Warn("dns: accept", "listener", ln.Addr(), "err", err)
+			if !said {
+				s.cfg.Log.Warn("name server takes no connection", "listener", ln.Addr(), "err", err)
+			}
+			said = true
 			wait(ctx, 100*time.Millisecond) // until somebody closes a descriptor
 			continue
 		}
+		said = false
 		client := clientOf(conn.RemoteAddr())
 		if !s.conns.take(client) {
 			s.stats.limited.Add(1)

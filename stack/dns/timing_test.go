@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
+	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -95,12 +98,10 @@ func TestDeadUpstreamIsRemembered(t *testing.T) {
 
 // One question that its upstream has no answer to says nothing about the upstream.
 func TestOneSilenceIsNoDeath(t *testing.T) {
-	n := 0
+	var n atomic.Int32
 	reply := func(_ string, server netip.AddrPort, q *dns.Msg) *dns.Msg {
-		if server == first {
-			if n++; n%2 == 1 {
-				return nil
-			}
+		if server == first && n.Add(1)%2 == 1 {
+			return nil
 		}
 		return says(server.Addr().String(), q)
 	}
@@ -115,6 +116,51 @@ func TestOneSilenceIsNoDeath(t *testing.T) {
 			if got := address(t, m); got != want.Addr().String() {
 				t.Errorf("question %d: %s", i, got)
 			}
+		}
+	})
+}
+
+// Nor do many, if it answers others meanwhile.
+func TestSilenceAmongAnswersIsNoDeath(t *testing.T) {
+	reply := func(_ string, server netip.AddrPort, q *dns.Msg) *dns.Msg {
+		if server == first && q.Question[0].Name == "hole.example." {
+			return nil
+		}
+		return says(server.Addr().String(), q)
+	}
+	inVirtualTime(t, with(first, second), reply, func(t *testing.T, w world) {
+		hole := pack(t, new(dns.Msg).SetQuestion("hole.example.", dns.TypeA))
+		for range 10 {
+			w.pc.in <- packet{hole, client("10.0.2.100")}
+		}
+		time.Sleep(time.Second)
+		for range 2 { // one in time, and one that shows what became of it
+			w.pc.ask(t, "10.0.2.100", 1)
+			if m, _ := w.pc.answer(t); address(t, m) != first.Addr().String() {
+				t.Error(m)
+			}
+			time.Sleep(2 * time.Second)
+			for range len(w.pc.out) {
+				w.pc.answer(t)
+			}
+		}
+	})
+}
+
+// With a refusal in hand the others get their time, and no more.
+func TestRefusalBesideSilence(t *testing.T) {
+	reply := func(_ string, server netip.AddrPort, q *dns.Msg) *dns.Msg {
+		if server == second {
+			return nil
+		}
+		m := new(dns.Msg)
+		return m.SetRcode(q, dns.RcodeRefused)
+	}
+	inVirtualTime(t, with(first, second), reply, func(t *testing.T, w world) {
+		start := time.Now()
+		w.pc.ask(t, "10.0.2.100", 1)
+		if m, _ := w.pc.answer(t); m.Rcode != dns.RcodeRefused || time.Since(start) != 2*time.Second {
+			t.Errorf("%v after %v", m, time.Since(start))
 		}
 	})
 }
@@ -252,11 +298,11 @@ func TestSlowReaderCostsNobodyElse(t *testing.T) {
 		slow := w.ln.connect("10.0.2.100")
 		defer slow.Close()
 		q := frame(pack(t, new(dns.Msg).SetQuestion("example.org.", dns.TypeA)))
+		start := time.Now()
 		for range 3 {
 			slow.Write(q)
 			synctest.Wait()
 		}
-		start := time.Now()
 		w.pc.ask(t, "10.0.2.100", 1) // of the same address even
 		if m, _ := w.pc.answer(t); address(t, m) != "192.0.2.1" || time.Since(start) != 0 {
 			t.Errorf("%v after %v", m, time.Since(start))
@@ -319,7 +365,10 @@ func TestConnectionsAreBounded(t *testing.T) {
 // A listener that runs out of descriptors is not the end.
 func TestAcceptGoesOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s, err := New(with())
+		cfg := with()
+		var log strings.Builder
+		cfg.Log = slog.New(slog.NewTextHandler(&log, nil))
+		s, err := New(cfg)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -332,6 +381,9 @@ func TestAcceptGoesOn(t *testing.T) {
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
+		}
+		if n := strings.Count(log.String(), "too many open files"); n != 1 {
+			t.Errorf("said %d times:\n%s", n, &log)
 		}
 	})
 }

@@ -191,6 +191,27 @@ func TestResolvConfDirsAreBounded(t *testing.T) {
 	}
 }
 
+// A file that has just changed may change again without a trace, and is read at each look until it
+// is a second old.
+func TestResolvConfDistrustsFreshTimes(t *testing.T) {
+	l := newLab(t)
+	write(t, l.path, "nameserver 192.0.2.1")
+	r, err := OpenResolvConf(l.path)
+	must(t, err)
+	defer r.Close()
+	written := time.Unix(r.seen.mtime.Unix())
+	for _, tt := range []struct {
+		age  time.Duration
+		read bool
+	}{{0, true}, {settled, true}, {settled + 1, false}, {time.Hour, false}} {
+		r.now = settings{}
+		r.check(written.Add(tt.age))
+		if read := len(r.now.servers) > 0; read != tt.read {
+			t.Errorf("age %v: read %v", tt.age, read)
+		}
+	}
+}
+
 func TestResolvConfIsNotReadPerQuestion(t *testing.T) {
 	l := newLab(t)
 	write(t, l.path, "nameserver 192.0.2.1")

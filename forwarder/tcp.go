@@ -1,0 +1,151 @@
+package forwarder
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"usernet/stack"
+
+	"golang.org/x/sys/unix"
+)
+
+// TCPConfig bounds the TCP flows. Zero fields take the default.
+type TCPConfig struct {
+	// DialTimeout ends a dial that nobody has answered (130 s). The host's kernel gives up
+	// after 127 s by itself (net.ipv4.tcp_syn_retries = 6), and so does a container's.
+	DialTimeout time.Duration
+
+	MaxFlows int // dials included; see LimitsFor
+}
+
+func (c TCPConfig) withDefaults(l Limits) TCPConfig {
+	orDefault(&c.DialTimeout, 130*time.Second)
+	orDefault(&c.MaxFlows, l.TCP)
+	return c
+}
+
+// tcpCounts are what ServeTCP counts; the relay counts the rest.
+type tcpCounts struct {
+	dialling, flows   atomic.Int64
+	dialled, failed   atomic.Uint64
+	refused, timedOut atomic.Uint64
+	dropped           atomic.Uint64
+}
+
+// TCPStats are the counts of TCP.
+type TCPStats struct {
+	Dialling, Flows     int    // now
+	Dialled             uint64 // dials that succeeded
+	Refused             uint64 // dials answered with ECONNREFUSED
+	TimedOut            uint64 // dials that nobody answered, or that the container gave up
+	Failed              uint64 // dials that failed otherwise
+	Dropped             uint64 // SYNs dropped by policy, or because there was no file left
+	Aborted             uint64 // flows ended by RST or an error of either end
+	OctetsOut, OctetsIn uint64 // container → host, host → container
+}
+
+func (f *Forwarder) tcpStats() TCPStats {
+	c, r := &f.tcp, f.relay.Stats()
+	return TCPStats{
+		Dialling: int(c.dialling.Load()), Flows: int(c.flows.Load()),
+		Dialled: c.dialled.Load(), Refused: c.refused.Load(), TimedOut: c.timedOut.Load(),
+		Failed: c.failed.Load(), Dropped: c.dropped.Load(),
+		Aborted: uint64(r.Aborted), OctetsOut: r.OctetsOut, OctetsIn: r.OctetsIn,
+	}
+}
+
+// errSilent has a SYN dropped: the container repeats it.
+var errSilent = errors.New("no answer")
+
+// ServeTCP dials the host before the container's SYN is answered, so that the container
+// sees what the dial saw.
+func (f *Forwarder) ServeTCP(ctx context.Context, r *stack.TCPRequest) {
+	c := &f.tcp
+	dst, verdict := f.resolve(Flow{Proto: protoTCP, Src: r.Src, Dst: r.Dst})
+	switch verdict.Action {
+	case Drop:
+		c.dropped.Add(1)
+		r.Reject(errSilent)
+		return
+	case Refuse:
+		c.refused.Add(1)
+		r.Reject(verdict.Reason)
+		return
+	}
+	if int(c.flows.Add(1)) > f.cfg.TCP.MaxFlows {
+		c.flows.Add(-1)
+		c.dropped.Add(1)
+		f.noFile(unix.EMFILE)
+		r.Reject(errSilent)
+		return
+	}
+	fd, err := f.dialTCP(ctx, dst)
+	if err != nil {
+		c.flows.Add(-1)
+		f.countDial(err)
+		f.log.Debug("dial", "src", r.Src, "dst", r.Dst, "host", dst, "err", err)
+		r.Reject(err)
+		return
+	}
+	c.dialled.Add(1)
+	conn, err := r.Accept()
+	if err != nil {
+		c.flows.Add(-1)
+		abortSocket(fd)
+		f.log.Debug("handshake with the container", "src", r.Src, "dst", r.Dst, "err", err)
+		return
+	}
+	f.log.Debug("flow", "src", r.Src, "dst", r.Dst, "host", dst)
+	// Join owns both ends from here on, also when it fails.
+	_ = f.relay.Join(conn, fd, func(error) { c.flows.Add(-1) })
+}
+
+// dialTCP returns a connected socket.
+func (f *Forwarder) dialTCP(ctx context.Context, dst netip.AddrPort) (int, error) {
+	f.tcp.dialling.Add(1)
+	defer f.tcp.dialling.Add(-1)
+	ctx, cancel := context.WithTimeoutCause(ctx, f.cfg.TCP.DialTimeout, unix.ETIMEDOUT)
+	defer cancel()
+	fam := family(dst.Addr())
+	fd, err := unix.Socket(fam, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	if err != nil {
+		if errors.Is(err, unix.EAFNOSUPPORT) {
+			err = unix.ENETUNREACH // the host has not got this family at all
+		}
+		return -1, os.NewSyscallError("socket", err)
+	}
+	if err := f.cfg.Outbound.Prepare(fd, fam, dst.Addr()); err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	if err := f.relay.Connect(ctx, fd, sockaddr(dst)); err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// countDial books a dial that failed.
+func (f *Forwarder) countDial(err error) {
+	switch {
+	case errors.Is(err, unix.ECONNREFUSED):
+		f.tcp.refused.Add(1)
+	case errors.Is(err, unix.ETIMEDOUT), errors.Is(err, context.Canceled):
+		f.tcp.timedOut.Add(1)
+	case noFiles(err):
+		f.tcp.dropped.Add(1)
+		f.noFile(err)
+	default:
+		f.tcp.failed.Add(1)
+	}
+}
+
+// abortSocket closes a connected socket with RST.
+func abortSocket(fd int) {
+	_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	_ = unix.Close(fd)
+}
