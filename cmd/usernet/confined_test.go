@@ -41,8 +41,14 @@ func confinedRole() int {
 	go func() { runtime.LockOSThread(); unix.Read(int(stuck.Fd()), make([]byte, 1)) }()
 	go func() { runtime.LockOSThread(); select {} }()
 
+	// And a child, as run has one.
+	p, err := os.StartProcess("/bin/sleep", []string{"sleep", "1000"}, &os.ProcAttr{})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	confine(confinement{readDirs: resolv.Dirs(), removeDirs: []*os.File{pid.dir}, caps: capsForwarding}, log)
+	confine(confinement{readDirs: resolv.Dirs(), removeDirs: []*os.File{pid.dir}, caps: capsForwarding, child: p.Pid}, log)
 
 	out := json.NewEncoder(os.Stdout)
 	tried := map[string]string{}
@@ -74,7 +80,15 @@ func confinedRole() int {
 	try("unshare", unix.Unshare(unix.CLONE_NEWUSER))
 	try("mount", unix.Mount("x", "/", "tmpfs", 0, ""))
 	try("setns", unix.Setns(0, 0))
-	try("kill", unix.Kill(os.Getppid(), 0))
+	try("kill another", unix.Kill(os.Getppid(), 0))
+	try("kill our group", unix.Kill(0, 0))
+	_, err = unix.IoctlGetInt(0, unix.TIOCGPGRP)
+	try("ioctl TIOCGPGRP", err)
+	try("kill the child's group", unix.Kill(-p.Pid, 0))
+	try("kill the child", unix.Kill(p.Pid, unix.SIGKILL))
+	var status unix.WaitStatus
+	_, err = unix.Wait4(p.Pid, &status, 0, nil)
+	try("wait for the child", err)
 	for name, family := range map[string]int{"unix": unix.AF_UNIX, "packet": unix.AF_PACKET, "netlink": unix.AF_NETLINK, "inet": unix.AF_INET} {
 		fd, err := unix.Socket(family, unix.SOCK_DGRAM, 0)
 		unix.Close(fd)
@@ -207,7 +221,8 @@ func testConfined(t *testing.T, user *syscall.Credential) {
 	want := map[string]string{
 		"read /etc/passwd": "EACCES", "read /proc/self/environ": "EACCES", "write resolv.conf": "EPERM", "make a file": "EPERM",
 		"make a file by descriptor": "EPERM", "execve": "EPERM", "fork": "EPERM", "ptrace": "EPERM", "unshare": "EPERM",
-		"mount": "EPERM", "setns": "EPERM", "kill": "EPERM",
+		"mount": "EPERM", "setns": "EPERM", "kill another": "EPERM", "kill our group": "allowed", "kill the child's group": "ESRCH",
+		"kill the child": "allowed", "wait for the child": "allowed", "ioctl TIOCGPGRP": "ENOTTY",
 		"socket unix": "EPERM", "socket packet": "EPERM", "socket uevent": "EPERM", "socket netlink": "allowed", "socket inet": "allowed",
 		"ioctl TCGETS": "EPERM", "TCP over loopback": "allowed",
 	}

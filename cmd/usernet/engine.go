@@ -19,6 +19,7 @@ import (
 	"usernet/stack/dns"
 	"usernet/stack/ra"
 	"usernet/tap"
+	"usernet/tap/capture"
 	"usernet/tap/netns"
 )
 
@@ -38,6 +39,7 @@ type engine struct {
 
 	ns      *netns.NS
 	tap     *tap.Device
+	capture *capture.Writer // nil: none
 	forward *forwarder.Forwarder
 	stack   *stack.Stack
 	resolv  *dns.ResolvConf // nil without a resolver
@@ -98,11 +100,33 @@ func (e *engine) openDevices(ctx context.Context) ([]stack.Device, error) {
 	if err != nil {
 		return nil, err
 	}
+	if o.pcap != "" {
+		if err := e.openCapture(); err != nil {
+			return nil, err
+		}
+	}
 	var devices []stack.Device
 	for _, q := range e.tap.Queues() {
-		devices = append(devices, q)
+		if e.capture != nil {
+			devices = append(devices, e.capture.Around(q))
+		} else {
+			devices = append(devices, q)
+		}
 	}
 	return devices, nil
+}
+
+// openCapture makes the file, which holds what may be nobody else's to read.
+func (e *engine) openCapture() error {
+	f, err := os.OpenFile(e.o.pcap, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return fmt.Errorf("--pcap: %w", err)
+	}
+	e.capture, err = capture.New(capture.Config{File: f, Interface: e.o.tapName, Limit: e.o.pcapSize, Log: e.log})
+	if err != nil {
+		return errors.Join(fmt.Errorf("--pcap: %w", err), f.Close())
+	}
+	return nil
 }
 
 func (e *engine) forwarderConfig(files int) forwarder.Config {
@@ -256,6 +280,9 @@ func (e *engine) close() error {
 	}
 	if e.tap != nil {
 		errs = append(errs, e.tap.Close())
+	}
+	if e.capture != nil {
+		errs = append(errs, e.capture.Close())
 	}
 	if e.ns != nil {
 		errs = append(errs, e.ns.Close())

@@ -82,6 +82,9 @@ func TestNamespaceAdvice(t *testing.T) {
 		{errors.New("else"), nil, "else"},
 	} {
 		got := namespaceAdvice(tt.err, func(path string) string { return tt.sysctls[path] })
+		if e := (*os.PathError)(nil); errors.As(tt.err, &e) {
+			tt.err = e.Err
+		}
 		if !errors.Is(got, tt.err) || !strings.Contains(got.Error(), tt.want) {
 			t.Errorf("%v with %v: %v", tt.err, tt.sysctls, got)
 		}

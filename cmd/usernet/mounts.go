@@ -23,28 +23,28 @@ type etcDir struct {
 }
 
 // mountEtc mounts files and dirs, in a mount namespace that is ours, from a tmpfs that has no
-// other name. It returns what could not be done, one error each, and does the rest.
-func mountEtc(files []etcFile, dirs []etcDir) []error {
+// other name. What could not be replaced is in warnings, one each, and the rest is done; err is for a
+// namespace in which nothing may be mounted at all.
+func mountEtc(files []etcFile, dirs []etcDir) (warnings []error, err error) {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return []error{fmt.Errorf("make mounts private: %w", err)}
+		return nil, fmt.Errorf("make mounts private: %w", namespaceAdvice(err, sysctl))
 	}
-	var errs []error
 	// Where the paths lead is asked before the tmpfs covers anything.
 	targets := make([]string, len(files))
 	for i, f := range files {
 		target, err := filepath.EvalSymlinks(f.Path)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("%s stays as it is: %w", f.Path, err))
+			warnings = append(warnings, fmt.Errorf("%s stays as it is: %w", f.Path, err))
 		}
 		targets[i] = target
 	}
 	base, err := scratch()
 	if err != nil {
-		return append(errs, err)
+		return warnings, namespaceAdvice(err, sysctl)
 	}
 	for i, d := range dirs {
 		if err := mountDir(filepath.Join(base, fmt.Sprintf("dir%d", i)), d); err != nil {
-			errs = append(errs, fmt.Errorf("%s stays as it is: %w", d.Path, err))
+			warnings = append(warnings, fmt.Errorf("%s stays as it is: %w", d.Path, err))
 		}
 	}
 	for i, f := range files {
@@ -59,13 +59,13 @@ func mountEtc(files []etcFile, dirs []etcDir) []error {
 			}
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("%s stays as it is: %w", f.Path, err))
+			warnings = append(warnings, fmt.Errorf("%s stays as it is: %w", f.Path, err))
 		}
 	}
 	if err := unix.Unmount(base, unix.MNT_DETACH); err != nil {
-		errs = append(errs, fmt.Errorf("unmount %s: %w", base, err))
+		return warnings, fmt.Errorf("unmount %s: %w", base, err)
 	}
-	return errs
+	return warnings, nil
 }
 
 // scratch mounts a tmpfs somewhere and returns where; only this process is in the mount namespace yet.

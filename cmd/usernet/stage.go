@@ -65,8 +65,12 @@ func stage(pipe string) (int, error) {
 	if err != nil {
 		return statusOurs, fmt.Errorf("read from usernet run: %w", err)
 	}
-	for _, err := range mountEtc(c.Files, c.Dirs) {
-		fmt.Fprintf(os.Stderr, "usernet: warning: %v\n", err)
+	warnings, err := mountEtc(c.Files, c.Dirs)
+	for _, w := range warnings {
+		fmt.Fprintf(os.Stderr, "usernet: warning: %v\n", w)
+	}
+	if err != nil {
+		return statusOurs, err
 	}
 	path, err := exec.LookPath(c.Argv[0])
 	if err != nil && !errors.Is(err, exec.ErrDot) { // the user's PATH may say "."

@@ -76,6 +76,9 @@ func identity(text []byte) ([]syscall.SysProcIDMap, error) {
 // namespaceAdvice adds to the error of making namespaces what the host's administrator can do. read
 // reads a sysctl by its path below /proc/sys.
 func namespaceAdvice(err error, read func(string) string) error {
+	if e := (*os.PathError)(nil); errors.As(err, &e) && e.Op == "fork/exec" {
+		err = e.Err // it did not come as far as the file
+	}
 	var errno syscall.Errno
 	if !errors.As(err, &errno) {
 		return err
