@@ -194,12 +194,18 @@ type server struct {
 
 func newServer(t *testing.T, addr string) *server {
 	t.Helper()
+	s, err := listenUDP(t, addr)
+	check(t, err)
+	return s
+}
+
+func listenUDP(t *testing.T, addr string) (*server, error) {
 	conn, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(addr)))
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	t.Cleanup(func() { conn.Close() })
-	return &server{UDPConn: conn, t: t, addr: conn.LocalAddr().(*net.UDPAddr).AddrPort(), buf: make([]byte, 1<<16)}
+	return &server{UDPConn: conn, t: t, addr: conn.LocalAddr().(*net.UDPAddr).AddrPort(), buf: make([]byte, 1<<16)}, nil
 }
 
 // receive returns the next datagram and its sender.

@@ -2,6 +2,7 @@ package forwarder
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -24,16 +25,93 @@ func newNetNS(t *testing.T) {
 	run(t, "ip", "link", "set", "lo", "up")
 }
 
-// run runs a command that the tests need in their network namespace.
+// run runs a command that the tests need, in the network namespace of the calling thread.
 func run(t *testing.T, name string, args ...string) {
 	t.Helper()
+	check(t, command(name, args...))
+}
+
+func command(name string, args ...string) error {
 	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out)
+	}
+	return nil
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
 	if errors.Is(err, exec.ErrNotFound) {
-		t.Skipf("%s is not installed (Debian: iproute2, util-linux)", name)
+		t.Skip(err)
 	}
 	if err != nil {
-		t.Fatalf("%s %s: %v: %s", name, strings.Join(args, " "), err, out)
+		t.Fatal(err)
 	}
+}
+
+// A namespace is another host: a thread in a network namespace of its own.
+type namespace struct {
+	t    *testing.T
+	tid  int
+	work chan func()
+}
+
+func newNamespace(t *testing.T) *namespace {
+	t.Helper()
+	ns := &namespace{t: t, work: make(chan func())}
+	ready, ended := make(chan error), make(chan struct{})
+	go func() {
+		defer close(ended)
+		runtime.LockOSThread() // for good: the thread ends with the goroutine
+		ns.tid = unix.Gettid()
+		ready <- unix.Unshare(unix.CLONE_NEWNET)
+		for f := range ns.work {
+			f()
+		}
+	}()
+	t.Cleanup(func() {
+		close(ns.work)
+		<-ended
+	})
+	check(t, <-ready)
+	ns.run("ip", "link", "set", "lo", "up")
+	return ns
+}
+
+// do calls f in the namespace and waits for it; f must not end the test.
+func (ns *namespace) do(f func() error) {
+	ns.t.Helper()
+	result := make(chan error)
+	ns.work <- func() { result <- f() }
+	check(ns.t, <-result)
+}
+
+func (ns *namespace) run(name string, args ...string) {
+	ns.t.Helper()
+	ns.do(func() error { return command(name, args...) })
+}
+
+// sysctl sets sysctls of the namespace, by their paths under /proc/sys.
+func (ns *namespace) sysctl(values map[string]string) {
+	ns.t.Helper()
+	ns.do(func() error {
+		for path, value := range values {
+			if err := os.WriteFile("/proc/sys/"+path, []byte(value), 0); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// listen opens a server in the namespace.
+func (ns *namespace) listen(addr string) (s *server) {
+	ns.t.Helper()
+	ns.do(func() (err error) {
+		s, err = listenUDP(ns.t, addr)
+		return err
+	})
+	return s
 }
 
 // addHostAddress gives the host an interface toward the world with an address (a prefix) and a default route.
