@@ -63,7 +63,7 @@ type Server struct {
 func New(cfg Config) (*Server, error) {
 	subnet := cfg.Subnet.Masked()
 	if !subnet.IsValid() || !subnet.Addr().Is4() || subnet.Bits() > 30 {
-		return nil, fmt.Errorf("dhcp: subnet %s: must be IPv4 with room for a gateway and a client (/30 or shorter)", cfg.Subnet)
+		return nil, fmt.Errorf("dhcp: subnet %s: must be IPv4, /30 or shorter: a gateway and a client need room", cfg.Subnet)
 	}
 	first, last := subnet.Addr(), broadcast(subnet)
 	for _, a := range []netip.Addr{cfg.Gateway, cfg.Client} {

@@ -71,7 +71,8 @@ func ParseServer(s string) (netip.AddrPort, error) {
 		}
 		addr, err := netip.ParseAddr(bare)
 		if err != nil || bare != s && addr.Is4() {
-			return netip.AddrPort{}, fmt.Errorf("name server %q: not an address; write 192.0.2.1, 192.0.2.1:5353, 2001:db8::1 or [2001:db8::1]:5353", s)
+			return netip.AddrPort{}, fmt.Errorf("name server %q: not an address; "+
+				"write 192.0.2.1, 192.0.2.1:5353, 2001:db8::1 or [2001:db8::1]:5353", s)
 		}
 		server = netip.AddrPortFrom(addr, 53)
 	}
@@ -84,7 +85,8 @@ func ParseServer(s string) (netip.AddrPort, error) {
 	case a.IsMulticast() || a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
 		return netip.AddrPort{}, fmt.Errorf("name server %q: not the address of one host", s)
 	case a.Is6() && a.IsLinkLocalUnicast() && a.Zone() == "":
-		return netip.AddrPort{}, fmt.Errorf("name server %q: a link-local address needs its interface; write %s%%eth0", s, a)
+		return netip.AddrPort{}, fmt.Errorf("name server %q: a link-local address needs its interface; "+
+			"write %s%%eth0", s, a)
 	}
 	return server, nil
 }

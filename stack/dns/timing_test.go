@@ -388,6 +388,48 @@ func TestAcceptGoesOn(t *testing.T) {
 	})
 }
 
+// Nor is a socket that returns an error which says nothing about it; one that is closed is.
+func TestReadGoesOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := with()
+		var log strings.Builder
+		cfg.Log = slog.New(slog.NewTextHandler(&log, nil))
+		s, err := New(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pc := &tiredPacketConn{tired: 3, fakePacketConn: fakePacketConn{
+			in: make(chan packet), out: make(chan packet, 1), closed: make(chan struct{}),
+		}}
+		done := make(chan error)
+		go func() { done <- s.Serve(t.Context(), []net.PacketConn{pc}, nil) }()
+		pc.ask(t, "10.0.2.100", 1)
+		if m, _ := pc.answer(t); m.Rcode != dns.RcodeServerFailure {
+			t.Error(m)
+		}
+		if n := strings.Count(log.String(), "connection refused"); n != 1 {
+			t.Errorf("said %d times:\n%s", n, &log)
+		}
+		pc.Close()
+		if err := <-done; !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Serve: %v", err)
+		}
+	})
+}
+
+type tiredPacketConn struct {
+	fakePacketConn
+	tired int
+}
+
+func (c *tiredPacketConn) ReadFrom(b []byte) (int, net.Addr, error) {
+	if c.tired > 0 {
+		c.tired--
+		return 0, nil, &net.OpError{Op: "read", Err: syscall.ECONNREFUSED}
+	}
+	return c.fakePacketConn.ReadFrom(b)
+}
+
 type tiredListener struct {
 	fakeListener
 	tired int

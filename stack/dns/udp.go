@@ -3,9 +3,12 @@ package dns
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
+	"time"
 )
 
 // servePacket reads questions from pc until it is closed, and waits for the answers to them.
@@ -13,14 +16,24 @@ func (s *Server) servePacket(ctx context.Context, pc net.PacketConn) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	buf := make([]byte, 1<<16)
-	for {
+	for said := false; ; {
 		n, from, err := pc.ReadFrom(buf)
 		if err != nil {
 			if ctx.Err() != nil {
 				return nil
 			}
-			return fmt.Errorf("read questions on udp %s: %w", pc.LocalAddr(), err)
+			if errors.Is(err, net.ErrClosed) || errors.Is(err, io.EOF) {
+				return fmt.Errorf("read questions on udp %s: %w", pc.LocalAddr(), err)
+			}
+			// An ICMP error, perhaps, that a client sent to be rid of us.
+			if !said {
+				s.cfg.Log.Warn("name server reads no question", "socket", pc.LocalAddr(), "err", err)
+			}
+			said = true
+			wait(ctx, 100*time.Millisecond)
+			continue
 		}
+		said = false
 		q, answer, forward := s.receive(buf[:n])
 		client := clientOf(from)
 		if forward && !s.questions.take(client) {
