@@ -94,14 +94,16 @@ func (ns *namespace) run(name string, args ...string) {
 // sysctl sets sysctls of the namespace, by their paths under /proc/sys.
 func (ns *namespace) sysctl(values map[string]string) {
 	ns.t.Helper()
-	ns.do(func() error {
-		for path, value := range values {
-			if err := os.WriteFile("/proc/sys/"+path, []byte(value), 0); err != nil {
-				return err
-			}
+	ns.do(func() error { return setSysctls(values) })
+}
+
+func setSysctls(values map[string]string) error {
+	for path, value := range values {
+		if err := os.WriteFile("/proc/sys/"+path, []byte(value), 0); err != nil {
+			return err
 		}
-		return nil
-	})
+	}
+	return nil
 }
 
 // listen opens a server in the namespace.

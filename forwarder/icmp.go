@@ -105,7 +105,7 @@ func (f *Forwarder) openEcho(fl *flow) (int, error) {
 			_ = unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_RECVTTL, 1)
 		}
 		if !fl.key.local {
-			err = f.cfg.Outbound.bind(fd, family, 0)
+			err = f.cfg.Outbound.bind(fd, family)
 		}
 	}
 	if err != nil {

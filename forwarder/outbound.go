@@ -67,7 +67,7 @@ func (o *Outbound) Check() error {
 			errs = append(errs, fmt.Errorf("open a socket to try the outbound address: %w", err))
 			continue
 		}
-		errs = append(errs, o.bind(fd, family, 0), unix.Close(fd))
+		errs = append(errs, o.bind(fd, family), unix.Close(fd))
 	}
 	return errors.Join(errs...)
 }
@@ -80,19 +80,33 @@ func (o *Outbound) Prepare(fd, family int, dst netip.Addr) error {
 	if dst.IsLoopback() || !addr.IsValid() && (dev == "" || isLocal(dst)) {
 		return nil
 	}
-	return o.bind(fd, family, 0)
+	return o.bind(fd, family)
 }
 
-// bind binds fd to o's address or interface of the family and to port; without such
-// an address and with port 0 to nothing.
-func (o *Outbound) bind(fd, family int, port uint16) error {
-	addr, dev := o.of(family)
-	if dev != "" {
-		// Allowed without CAP_NET_RAW since Linux 5.7.
-		if err := unix.SetsockoptString(fd, unix.SOL_SOCKET, unix.SO_BINDTODEVICE, dev); err != nil {
-			return outboundError(dev, err)
-		}
+// bind makes fd send from o's address or interface of the family.
+func (o *Outbound) bind(fd, family int) error {
+	if err := o.bindDevice(fd, family); err != nil {
+		return err
 	}
+	return o.bindAddr(fd, family, 0)
+}
+
+// bindDevice binds fd to o's interface, if any. It is allowed without CAP_NET_RAW since
+// Linux 5.7, but only once.
+func (o *Outbound) bindDevice(fd, family int) error {
+	_, dev := o.of(family)
+	if dev == "" {
+		return nil
+	}
+	if err := unix.SetsockoptString(fd, unix.SOL_SOCKET, unix.SO_BINDTODEVICE, dev); err != nil {
+		return outboundError(dev, err)
+	}
+	return nil
+}
+
+// bindAddr binds fd to o's address and to port; without an address and with port 0 to nothing.
+func (o *Outbound) bindAddr(fd, family int, port uint16) error {
+	addr, _ := o.of(family)
 	if !addr.IsValid() {
 		if port == 0 {
 			return nil

@@ -167,6 +167,28 @@ func TestOutboundFlows(t *testing.T) {
 	}
 }
 
+// A plain user may bind a socket to an interface once; that the source's port is taken must
+// not make it twice.
+func TestOutboundInterfaceAndPortTaken(t *testing.T) {
+	w := newWorld(t)
+	run(t, "ip", "address", "add", "10.1.0.5/24", "dev", "h0")
+	outside, taken := w.outside.listen("10.2.0.1:0"), newServer(t, "0.0.0.0:0")
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var caps [2]unix.CapUserData
+	check(t, unix.Capget(&hdr, &caps[0]))
+	caps[0].Effective &^= 1<<unix.CAP_NET_RAW | 1<<unix.CAP_NET_ADMIN
+	without, with := caps, caps
+	with[0].Effective = with[0].Permitted
+	check(t, unix.Capset(&hdr, &without[0])) // of this thread, which makes the sockets
+	defer unix.Capset(&hdr, &with[0])
+
+	c, _ := newContainer(t, Config{Outbound: Outbound{Interface4: "h0"}})
+	c.send(netip.AddrPortFrom(me4.Addr(), taken.addr.Port()), outside.addr, "hello")
+	if from := outside.expect("hello"); from.Port() == taken.addr.Port() || from.Addr().String() != "10.1.0.1" {
+		t.Errorf("outside sees %v", from)
+	}
+}
+
 func TestHostAddresses(t *testing.T) {
 	newNetNS(t)
 	fresh := func() HostAddrs { return new(HostAddresses).Now() }

@@ -23,6 +23,11 @@ func newWorld(t *testing.T) world {
 	t.Helper()
 	newNetNS(t)
 	w := world{newNamespace(t), newNamespace(t)}
+	// Link-local addresses work at once, without a second for finding duplicates.
+	noDAD := map[string]string{"net/ipv6/conf/default/dad_transmits": "0"}
+	check(t, setSysctls(noDAD))
+	w.router.sysctl(noDAD)
+	w.outside.sysctl(noDAD)
 	run(t, "ip", "link", "add", "h0", "type", "veth", "peer", "name", "r0", "netns", fmt.Sprint(w.router.tid))
 	w.router.run("ip", "link", "add", "r1", "type", "veth", "peer", "name", "o0", "netns", fmt.Sprint(w.outside.tid))
 	here := func(name string, args ...string) { run(t, name, args...) }

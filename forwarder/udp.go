@@ -182,14 +182,17 @@ func (f *Forwarder) bindUDP(fd, family int, key flowKey) error {
 	if key.local {
 		o = &Outbound{}
 	}
+	if err := o.bindDevice(fd, family); err != nil {
+		return err
+	}
 	if port := key.src.Port(); port >= lowestKept {
-		switch err := o.bind(fd, family, port); {
+		switch err := o.bindAddr(fd, family, port); {
 		case errors.Is(err, unix.EADDRINUSE), errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
 		default:
 			return err
 		}
 	}
-	return o.bind(fd, family, 0)
+	return o.bindAddr(fd, family, 0)
 }
 
 // readUDP is kind.read for UDP.
