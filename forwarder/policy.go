@@ -128,7 +128,8 @@ func (p *Policy) own(f Flow, echo bool) (netip.AddrPort, Verdict) {
 
 // forwardTo sends f to the host's own address, which a host may lack.
 func forwardTo(host netip.Addr, f Flow) (netip.AddrPort, Verdict) {
-	if !host.IsGlobalUnicast() || host.Is4() != f.Dst.Addr().Is4() || host.Is4In6() {
+	if !host.IsGlobalUnicast() || host.Is4() != f.Dst.Addr().Is4() ||
+		thisNetwork.Contains(host) || classE.Contains(host) || v4InV6.Contains(host) || v4Mapped.Contains(host) {
 		return refuse(syscall.EHOSTUNREACH)
 	}
 	return netip.AddrPortFrom(host, f.Dst.Port()), Verdict{Action: Forward}
