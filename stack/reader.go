@@ -69,6 +69,18 @@ func newReader(s *Stack, dev Device) *reader {
 func (r *reader) run() error {
 	defer func() { r.tail.Release() }()
 	for {
+		if err := r.drain(); err != nil {
+			return closedIsNil(err)
+		}
+		if err := r.dev.Wait(); err != nil {
+			return closedIsNil(err)
+		}
+	}
+}
+
+// drain reads until no frame is left.
+func (r *reader) drain() error {
+	for {
 		r.vec[1], r.vec[2] = r.heads[len(r.batch)], r.tail.AsSlice()
 		n, err := r.dev.Read(r.vec[:])
 		switch {
@@ -79,12 +91,10 @@ func (r *reader) run() error {
 			}
 		case errors.Is(err, unix.EAGAIN):
 			r.flush()
-			if err := r.dev.Wait(); err != nil {
-				return closedIsNil(err)
-			}
+			return nil
 		case errors.Is(err, unix.EINTR):
 		default:
-			return closedIsNil(err)
+			return err
 		}
 	}
 }
