@@ -18,8 +18,11 @@ func attach(o *options, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
-	// SIGHUP ends as well: a terminal that is closed is no reason to leave a TAP behind.
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	// SIGHUP ends as well, unless nohup(1) has it ignored: a terminal that is closed is no reason to
+	// leave a TAP behind. SIGINT does even where it is ignored, as shells without job control start what is
+	// behind "&".
+	ends := append(notIgnored([]os.Signal{unix.SIGHUP}), unix.SIGTERM, unix.SIGINT)
+	ctx, stop := signal.NotifyContext(context.Background(), ends...)
 	defer stop()
 
 	e, err := openEngine(ctx, o, netns.Config{PID: o.pid, Path: o.path, UserPath: o.usernsPath}, log)

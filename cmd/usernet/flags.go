@@ -96,7 +96,7 @@ func newFlags(run bool) *flags {
 
 	g = f.group("Names")
 	g.StringArrayVar(&f.dns, "dns", nil, "resolver to ask, `ADDR[:PORT]`, may be repeated (default: those of the host's resolv.conf, followed as it changes)")
-	g.BoolVar(&f.noDNS, "no-dns", false, "no resolver inside")
+	g.BoolVar(&f.noDNS, "no-dns", false, "no resolver inside; the command of run sees the host's resolv.conf")
 
 	g = f.group("Life")
 	g.IntVar(&f.readyFD, "ready-fd", -1, "descriptor `FD`, 3 or more, that gets \"1\" and is closed once everything works")

@@ -6,7 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"syscall"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -20,6 +20,7 @@ func (e ending) Error() string { return e.why }
 // newLog logs to standard error. A reader who has gone must not end us: SIGPIPE is caught, so that the
 // write fails and the line is lost.
 func newLog(o *options) *slog.Logger {
+	time.Now().Zone() // reads the time zone, while there are files to read
 	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
 	opts := &slog.HandlerOptions{Level: o.logLevel}
 	if o.logFormat == "json" {
@@ -39,16 +40,6 @@ func raiseFiles() (int, error) {
 		return 0, fmt.Errorf("setrlimit(RLIMIT_NOFILE, %d): %w", r.Max, err)
 	}
 	return int(min(r.Cur, 1<<20)), nil
-}
-
-// endOnSignal waits for one of the signals and returns an ending, or nil when ctx ends.
-func endOnSignal(ctx context.Context, signals <-chan os.Signal) error {
-	select {
-	case s := <-signals:
-		return ending{"signal " + unix.SignalName(s.(syscall.Signal))}
-	case <-ctx.Done():
-		return nil
-	}
 }
 
 // endOnHangUp waits for the other end of f to be closed; nil f never is.

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"syscall"
 
@@ -21,6 +22,11 @@ var passedOn = []os.Signal{
 	unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGCONT,
 }
 
+// notIgnored leaves signals out that whoever started us had us ignore: nohup(1) means the command too.
+func notIgnored(signals []os.Signal) []os.Signal {
+	return slices.DeleteFunc(slices.Clone(signals), signal.Ignored)
+}
+
 // run is usernet run: a command in namespaces of its own, with a network. It returns the command's status.
 func run(o *options, log *slog.Logger) (_ int, err error) {
 	given, err := takeInherited(o)
@@ -28,7 +34,7 @@ func run(o *options, log *slog.Logger) (_ int, err error) {
 		return 0, err
 	}
 	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, passedOn...)
+	signal.Notify(signals, notIgnored(passedOn)...)
 
 	t := openTerminal()
 	if t.tty != nil {
@@ -122,7 +128,9 @@ func run(o *options, log *slog.Logger) (_ int, err error) {
 		}
 		watched <- err
 	}()
-	err = errors.Join(t.attend(signals, kill), stopAndWait(stopNetwork, watched))
+	err = t.attend(signals, kill)
+	t.takeBack()
+	err = errors.Join(err, stopAndWait(stopNetwork, watched))
 	logStats(log, e)
 	if err != nil {
 		return 0, err
@@ -254,10 +262,8 @@ func (c *child) abandon() error {
 func stageConfigFor(o *options, e *engine) stageConfig {
 	c := stageConfig{Parent: os.Getpid(), Argv: o.argv}
 	hostname, _ := os.Hostname()
-	hosts, err := os.ReadFile("/etc/hosts")
-	if err == nil { // else the stage says that there is none to mount over
-		c.Files = append(c.Files, etcFile{"/etc/hosts", hostsText(string(hosts), o.plan, hostname)})
-	}
+	hosts, _ := os.ReadFile("/etc/hosts") // if there is none, the stage says so
+	c.Files = []etcFile{{"/etc/hosts", hostsText(string(hosts), o.plan, hostname)}}
 	if !o.dns {
 		return c
 	}

@@ -3,7 +3,7 @@ package main
 import (
 	"errors"
 	"os"
-	"runtime"
+	"os/signal"
 	"syscall"
 	"time"
 
@@ -67,11 +67,15 @@ func (t *terminal) foreground() bool {
 }
 
 // handOver gives the terminal to the command, if it is ours to give: a shell may have put us into
-// the background meanwhile.
+// the background meanwhile. The command has been started by then, so that it does not inherit
+// what we ignore.
 func (t *terminal) handOver() {
-	if t.mode == terminalHanded && t.foreground() {
-		t.handedOver = t.set(t.child) == nil
+	if t.mode != terminalHanded || !t.foreground() {
+		return
 	}
+	// It stops processes in the background that take the terminal or, after "stty tostop", write to it.
+	signal.Ignore(unix.SIGTTOU)
+	t.handedOver = t.set(t.child) == nil
 }
 
 // takeBack makes us the foreground again, if the command was.
@@ -82,17 +86,7 @@ func (t *terminal) takeBack() {
 	}
 }
 
-// set makes group the terminal's foreground. Unless SIGTTOU is blocked, a background process that does
-// that is stopped instead.
 func (t *terminal) set(group int) error {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	var ttou, old unix.Sigset_t
-	ttou.Val[0] = 1 << (uint(unix.SIGTTOU) - 1)
-	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &ttou, &old); err != nil {
-		return err
-	}
-	defer unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
 	return unix.IoctlSetPointerInt(int(t.tty.Fd()), unix.TIOCSPGRP, group)
 }
 
