@@ -117,6 +117,7 @@ func (t *tcpRequests) handlePacket(id stack.TransportEndpointID, pkt *stack.Pack
 		return true
 	}
 	t.forget(id)
+	t.running.Done()
 	return false
 }
 
@@ -185,12 +186,12 @@ func (t *tcpRequests) forget(id stack.TransportEndpointID) *TCPRequest {
 	}
 	r.giveUp.Stop()
 	r.cancel()
-	t.running.Done()
 	return r
 }
 
 // serve is called by netstack in a goroutine of its own for each admitted SYN.
 func (t *tcpRequests) serve(req *tcp.ForwarderRequest) {
+	defer t.running.Done()
 	t.mu.Lock()
 	r := t.pending[req.ID()]
 	t.mu.Unlock()

@@ -81,9 +81,8 @@ func (l *Loop) Run(ctx context.Context) error {
 // Close releases what NewLoop opened. Run must have ended, or never been called; it may be called again.
 func (l *Loop) Close() {
 	for _, w := range l.workers {
-		w.close()
+		w.close() // and no nil in their place: a Join that comes late must be told
 	}
-	l.workers = nil
 }
 
 // ErrStopped is what Join returns once Run has ended.

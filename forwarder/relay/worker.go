@@ -43,7 +43,8 @@ type worker struct {
 	dials   map[uint64]chan struct{} // see Connect
 	nextID  uint64
 	asleep  bool
-	stopped bool
+	stopped bool // no further stream or dial
+	closed  bool
 }
 
 const wakeID = 0 // in an event: not a stream
@@ -70,6 +71,12 @@ func newWorker(l *Loop) (*worker, error) {
 }
 
 func (w *worker) close() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed {
+		return
+	}
+	w.stopped, w.closed = true, true
 	_ = w.file.Close()
 	_ = unix.Close(w.wake)
 }
