@@ -5,12 +5,13 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // echoServers are servers outside for works.
@@ -109,10 +110,14 @@ func TestForms(t *testing.T) {
 // What does not work says why and what to do about it.
 func TestEnterErrors(t *testing.T) {
 	needs(t, "ip")
+	served := newContainer(t)
+	attach(t, served)
+	pid := strconv.Itoa(served.pid)
+
 	c := newContainer(t)
+	other := strconv.Itoa(c.pid)
 	c.must(t, "ip", "link", "add", "veth9", "type", "veth", "peer", "name", "veth8")
-	attach(t, c)
-	pid := strconv.Itoa(c.pid)
+	openTAP(t, c, "theirs")
 	for _, test := range []struct {
 		name string
 		args []string
@@ -121,11 +126,12 @@ func TestEnterErrors(t *testing.T) {
 	}{
 		{"no such process", []string{"4194301"}, []string{"no", "process"}, 1},
 		{"no such path", []string{"/nonexistent/netns"}, []string{"/nonexistent/netns", "no such file"}, 1},
-		{"not a namespace", []string{"/dev/null"}, []string{"/dev/null", "not a network namespace"}, 1},
+		{"not a namespace", []string{"/dev/null"}, []string{"/dev/null", "not a", "name a network namespace"}, 1},
 		{"another namespace", []string{"/proc/" + pid + "/ns/user"}, []string{"not a network namespace"}, 1},
 		{"name too long", []string{pid, "sixteen-letters0"}, []string{"sixteen-letters0", "15"}, 2},
-		{"in use", []string{pid}, []string{"tap0", "use"}, 1},
-		{"no TAP", []string{pid, "veth9"}, []string{"veth9", "TAP"}, 1},
+		{"served already", []string{pid}, []string{"busy", "another usernet serves it"}, 1},
+		{"in use", []string{other, "theirs"}, []string{"theirs", "use"}, 1},
+		{"no TAP", []string{other, "veth9"}, []string{"veth9", "TAP"}, 1},
 		{"no argument", nil, []string{"PID"}, 2},
 		{"unknown flag", []string{"--nonsense", pid}, []string{"--nonsense"}, 2},
 	} {
@@ -136,6 +142,28 @@ func TestEnterErrors(t *testing.T) {
 			}
 			saysAll(t, out, test.want...)
 		})
+	}
+}
+
+// openTAP opens a TAP in the container as some other program would.
+func openTAP(t testing.TB, c *container, name string) {
+	t.Helper()
+	var err error
+	c.net.do(func() {
+		var fd int
+		if fd, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+			return
+		}
+		t.Cleanup(func() { unix.Close(fd) })
+		var request *unix.Ifreq
+		if request, err = unix.NewIfreq(name); err != nil {
+			return
+		}
+		request.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI)
+		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, request)
+	})
+	if err != nil {
+		t.Fatalf("open a TAP: %v", err)
 	}
 }
 
@@ -270,7 +298,10 @@ func TestPathEnds(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "netns")
 			writeFile(t, path, "")
 			lab.root.must(t, "mount", "--bind", fmt.Sprintf("/proc/%d/ns/net", c.pid), path)
-			t.Cleanup(func() { exec.Command("umount", "--lazy", path).Run() })
+			t.Cleanup(func() {
+				for unix.Unmount(path, unix.MNT_DETACH) == nil { // one upon the other
+				}
+			})
 			u := begin(t, path)
 			works(t, c.net, echoServers(t))
 			end(t, path, c)

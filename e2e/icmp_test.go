@@ -40,7 +40,8 @@ func TestPingUnreachable(t *testing.T) {
 	needs(t, "ping")
 	c := connected(t)
 	for target, want := range map[string]string{badAddr4: "Destination Host Unreachable", badAddr6: "No route"} {
-		out, code := c.run(t, "ping", "-c", "1", "-W", "10", target)
+		// More than one, because a router tells so only once a second (net.ipv4.route.error_cost).
+		out, code := c.run(t, "ping", "-c", "3", "-W", "2", target)
 		if code != 1 || !strings.Contains(out, want) {
 			t.Errorf("ping %s: status %d, want 1 and %q:\n%s", target, code, want, out)
 		}

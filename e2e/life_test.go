@@ -140,13 +140,25 @@ func TestSandbox(t *testing.T) {
 	}
 }
 
-// What it did is in the log at its end.
+// What it did is in the log at its end: flows, octets, dials and what became of them, questions, drops by reason.
 func TestCounters(t *testing.T) {
+	needs(t, "dig")
+	serveDNS(t, outsideAddr4)
 	c := newContainer(t)
 	u := attach(t, c)
 	works(t, c.net, echoServers(t))
+	c.net.dial("tcp", outsideAddr4+":9") // refused
+	if got := ask(t, c.net, lab.outside.serveUDP(t, outsideAddr4+":0", same), "x"); got != "x" {
+		t.Errorf("got %q", got)
+	}
+	sendError(t, c.net, gateway4+":9") // the host's loopback is shut
+	c.must(t, "dig", "+short", "@"+resolver4, "a.test")
 	u.end(t)
-	saysAll(t, u.out.String(), "tcp", "udp", "dns", "drop")
+	for _, want := range []string{"Accepted=2", "Rejected=1", "TCP.OctetsOut=2", "UDP.Sent=1", "UDP.Drops.refused=1", "package=dns"} {
+		if !strings.Contains(u.out.String(), want) {
+			t.Errorf("no %q in the log", want)
+		}
+	}
 }
 
 func TestVersionAndHelp(t *testing.T) {

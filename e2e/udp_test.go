@@ -4,8 +4,10 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -116,11 +118,16 @@ func sendError(t testing.TB, p *place, addr string) error {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := conn.Write([]byte("?")); err != nil {
-		return err
+	// More than one, because a router tells so only once a second (net.ipv4.route.error_cost).
+	for deadline := time.Now().Add(patience); ; {
+		if _, err := conn.Write([]byte("?")); err != nil {
+			return err
+		}
+		conn.SetReadDeadline(time.Now().Add(time.Second))
+		if _, err = conn.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) || time.Now().After(deadline) {
+			return err
+		}
 	}
-	_, err = conn.Read(make([]byte, 1))
-	return err
 }
 
 // A datagram that nobody takes comes back as the error that the host's socket has.
