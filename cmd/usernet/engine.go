@@ -258,7 +258,10 @@ func (e *engine) run(ctx context.Context, ready func() error) error {
 	}
 	err := goEach(services, parts...)
 	stopStack()
-	return errors.Join(err, <-stackEnded)
+	if err = errors.Join(err, <-stackEnded); err == nil && ctx.Err() == nil {
+		err = errors.New("the network ended, and nothing said why") // a part's mistake; nobody must wait for it
+	}
+	return err
 }
 
 // endWithNamespace returns an ending when the namespace is gone.

@@ -100,7 +100,7 @@ func newFlags(run bool) *flags {
 
 	g = f.group("Life")
 	g.IntVar(&f.readyFD, "ready-fd", -1, "descriptor `FD`, 3 or more, that gets \"1\" and is closed once everything works")
-	g.IntVar(&f.exitFD, "exit-fd", -1, "descriptor `FD`, 3 or more, of a pipe or socket: usernet ends when its other end is closed")
+	g.IntVar(&f.exitFD, "exit-fd", -1, "descriptor `FD`, 3 or more, of a pipe or socket: when its other end is closed, usernet ends, and run kills its command")
 	for _, fd := range []string{"ready-fd", "exit-fd"} {
 		g.Lookup(fd).DefValue = "0" // pflag shows a default unless it is zero, and -1 is none
 	}

@@ -15,7 +15,7 @@ func confineRoot(confinement) error {
 	if !hasCaps(unix.CAP_SYS_CHROOT) {
 		return errNotPrivileged
 	}
-	dir, err := os.MkdirTemp("", "usernet-root-")
+	dir, err := makeDir(os.TempDir(), "/run", "/dev/shm") // one of them can be written to even where / cannot
 	if err != nil {
 		return err
 	}
@@ -35,4 +35,17 @@ func confineRoot(confinement) error {
 		return fmt.Errorf("chroot: %w", err)
 	}
 	return nil
+}
+
+// makeDir makes a directory in the first of some that takes one.
+func makeDir(in ...string) (string, error) {
+	var errs []error
+	for _, d := range in {
+		dir, err := os.MkdirTemp(d, "usernet-root-")
+		if err == nil {
+			return dir, nil
+		}
+		errs = append(errs, err)
+	}
+	return "", errors.Join(errs...)
 }
