@@ -104,8 +104,13 @@ func CheckName(name string) error {
 		return fmt.Errorf("interface name %q has %d octets: at most %d", name, len(name), unix.IFNAMSIZ-1)
 	case name == "." || name == "..":
 		return fmt.Errorf("interface name %q is reserved", name)
-	case strings.ContainsAny(name, "/:%") || strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == 0x7f || r == 0x85 || r == 0xa0 || r == '\uFFFD' }):
-		return fmt.Errorf("interface name %q: no slash, colon, percent sign or space", name)
+	case strings.ContainsAny(name, "/:%"):
+		return fmt.Errorf("interface name %q: no slash, colon or percent sign", name)
+	}
+	for _, b := range []byte(name) {
+		if b <= ' ' || b == 0x7f || b == 0xa0 { // to the kernel, which knows no UTF-8, 0xa0 is a space
+			return fmt.Errorf("interface name %q: no space or control character (octet %#x)", name, b)
+		}
 	}
 	return nil
 }

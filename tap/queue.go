@@ -28,9 +28,10 @@ const maxVec = 1024
 // without copies of ours.
 //
 // Read and Write use raw system calls, which never block here. Wait is a ppoll on the queue and an
-// eventfd instead of Go's netpoller: that is edge-triggered, and an edge between the Read that found nothing
-// and the Wait would be lost unless a poll looked once more, so that it takes two system calls and
-// two hand-overs where ppoll takes one of each.
+// eventfd instead of Go's netpoller. That is edge-triggered, and an edge between the Read that found nothing
+// and the Wait would be lost unless a poll looked once more: two system calls and two hand-overs
+// where ppoll takes one of each. A datagram up and one down took 7 µs so and 13 µs by the netpoller, at best, on
+// two busy cores (BenchmarkWait).
 type Queue struct {
 	fd       int
 	header   bool // the kernel reads and writes the header; else we make and drop it

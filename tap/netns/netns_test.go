@@ -1,6 +1,8 @@
 package netns_test
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,7 +11,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -38,7 +42,12 @@ var ops = netns.Ops{
 	}),
 }
 
-func TestMain(m *testing.M) { taptest.MainHere(m, ops) }
+func TestMain(m *testing.M) {
+	if pid := os.Getenv(victimEnv); pid != "" {
+		os.Exit(victim(pid))
+	}
+	taptest.MainHere(m, ops)
+}
 
 type place struct {
 	PID   int
@@ -384,6 +393,20 @@ func TestUserPath(t *testing.T) {
 	}
 }
 
+func TestWrongUserPath(t *testing.T) {
+	ns, other := taptest.NewNS(t, taptest.OwnerRoot), taptest.NewNS(t, taptest.OwnerRoot)
+	n, err := netns.Open(netns.Config{PID: ns.PID, UserPath: fmt.Sprintf("/proc/%d/ns/user", other.PID)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	n.UseHelper()
+	_, err = n.Call(t.Context(), ops, "where", struct{}{}, nil)
+	if !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "--userns-path") {
+		t.Errorf("by a user namespace that does not own it: %v", err)
+	}
+}
+
 func TestLock(t *testing.T) {
 	ns := taptest.NewNS(t, taptest.OwnerRoot)
 	a, b := ns.Open(t), ns.Open(t)
@@ -409,4 +432,122 @@ func TestLock(t *testing.T) {
 	if err := a.Lock(t.Context()); err != nil {
 		t.Error("after Close of the other:", err)
 	}
+}
+
+// victimEnv makes the test binary a usernet that starts a helper in the process's namespace, says its PID, and is
+// killed.
+const victimEnv = "USERNET_TEST_VICTIM"
+
+func victim(pid string) int {
+	n, err := netns.OpenPath("/proc/" + pid + "/ns/net")
+	if err == nil {
+		n.UseHelper()
+		_, err = n.Call(context.Background(), ops, "where", struct{}{}, nil)
+	}
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	fmt.Println(n.HelperPID())
+	_, err = n.Call(context.Background(), ops, "hang", struct{}{}, nil) // killed in the midst of a call
+	fmt.Println("survived:", err)
+	return 1
+}
+
+func TestKillLeavesNoHelper(t *testing.T) {
+	for _, owner := range taptest.Owners {
+		ns := taptest.NewNS(t, owner)
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env = append(os.Environ(), victimEnv+"="+strconv.Itoa(ns.PID))
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		line, err := bufio.NewReader(out).ReadString('\n')
+		pid, convErr := strconv.Atoi(strings.TrimSpace(line))
+		if convErr != nil {
+			cmd.Wait()
+			t.Fatalf("%s: %q, %v", owner, line, err)
+		}
+		helper, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Process.Kill(); err != nil {
+			t.Error(err)
+		}
+		cmd.Wait()
+		for { // until it has ended, however long that takes
+			_, err := unix.Ppoll([]unix.PollFd{{Fd: int32(helper), Events: unix.POLLIN}}, nil, nil)
+			if !errors.Is(err, unix.EINTR) {
+				break
+			}
+		}
+		unix.Close(helper)
+	}
+}
+
+// A signal to the whole group, as a terminal or a service manager sends it, ends usernet in good order, for
+// which it still needs its helper.
+func TestHelperIgnoresSignalsOfTheGroup(t *testing.T) {
+	n := taptest.NewNS(t, taptest.OwnerRoot).Open(t)
+	n.UseHelper()
+	if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	pid := n.HelperPID()
+	if group, err := unix.Getpgid(pid); err != nil || group != pid {
+		t.Errorf("the helper is in process group %d, %v; want one of its own", group, err)
+	}
+	for _, s := range []unix.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGHUP} {
+		if err := unix.Kill(pid, s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil || n.HelperPID() != pid {
+		t.Errorf("after signals: %v, helper %d, was %d", err, n.HelperPID(), pid)
+	}
+}
+
+// Helpers are started while the runtime is busy with everything that a fork must not disturb.
+func TestManyHelpersUnderLoad(t *testing.T) {
+	ns := taptest.NewNS(t, taptest.OwnerRoot)
+	stop := make(chan struct{})
+	var load, work sync.WaitGroup
+	for range 2 {
+		load.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					_ = bytes.Repeat([]byte("garbage"), 10_000)
+				}
+			}
+		})
+	}
+	for range 4 {
+		work.Go(func() {
+			for range 5 {
+				n, err := netns.OpenPID(ns.PID)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				n.UseHelper()
+				if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil {
+					t.Error(err)
+				}
+				if err := n.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	work.Wait()
+	close(stop)
+	load.Wait()
 }

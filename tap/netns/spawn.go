@@ -201,6 +201,8 @@ func readFailure(fd int) error {
 	switch {
 	case s == stageUserNS && errno == unix.EPERM:
 		return fmt.Errorf("%s: it was not made by our user (or a security module forbids it): run usernet as whoever made it, or as root: %w", s, errno)
+	case s == stageNetNS && errno == unix.EPERM:
+		return fmt.Errorf("%s: the user namespace that was entered does not own it (is --userns-path right?): %w", s, errno)
 	case s == stageUserNS && errno == unix.EINVAL:
 		return fmt.Errorf("%s: we are in it already and lack CAP_SYS_ADMIN there: run usernet as root of that user namespace: %w", s, errno)
 	}

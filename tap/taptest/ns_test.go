@@ -1,0 +1,73 @@
+package taptest_test
+
+import (
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"usernet/tap/taptest"
+)
+
+func TestMain(m *testing.M) { taptest.Main(m, nil) }
+
+// Main's namespaces: root, lo up and nothing else, mounts that nobody else sees.
+func TestMainIsInside(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Errorf("uid %d", os.Geteuid())
+	}
+	links, err := net.Interfaces()
+	if err != nil || len(links) != 1 || links[0].Name != "lo" || links[0].Flags&net.FlagUp == 0 {
+		t.Errorf("interfaces %v, %v", links, err)
+	}
+	dir := t.TempDir()
+	if err := unix.Mount("none", dir, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Unmount(dir, 0); err != nil {
+		t.Error(err)
+	}
+	if !taptest.Inside(t) {
+		t.Error("Inside does not know")
+	}
+}
+
+func TestNewNS(t *testing.T) {
+	own, err := os.Readlink("/proc/self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[string]bool{own: true}
+	for _, owner := range taptest.Owners {
+		ns := taptest.NewNS(t, owner)
+		name, err := os.Readlink(ns.Path())
+		if err != nil || seen[name] {
+			t.Errorf("%s: %s, %v; want a namespace of its own", owner, name, err)
+		}
+		seen[name] = true
+		ids, err := os.ReadFile(strings.Replace(ns.Path(), "ns/net", "uid_map", 1))
+		if err != nil || (len(ids) == 0) != (owner == taptest.OwnerUnmapped) {
+			t.Errorf("%s: uid map %q, %v", owner, ids, err)
+		}
+		ns.End()
+		if _, err := os.Stat(ns.Path()); err == nil {
+			t.Errorf("%s: its process outlived End", owner)
+		}
+		ns.End()
+	}
+}
+
+func TestCommand(t *testing.T) {
+	if _, err := exec.LookPath("nsenter"); err != nil {
+		t.Skip("no nsenter (util-linux) here")
+	}
+	ns := taptest.NewNS(t, taptest.OwnerRoot)
+	out, err := ns.Command("readlink", "/proc/self/ns/net").CombinedOutput()
+	want, _ := os.Readlink(ns.Path())
+	if err != nil || strings.TrimSpace(string(out)) != want {
+		t.Errorf("%s, %v; want %s", out, err, want)
+	}
+}
