@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -20,7 +21,7 @@ func (e ending) Error() string { return e.why }
 // newLog logs to standard error. A reader who has gone must not end us: SIGPIPE is caught, so that the
 // write fails and the line is lost.
 func newLog(o *options) *slog.Logger {
-	time.Now().Zone() // reads the time zone, while there are files to read
+	fmt.Fprint(io.Discard, time.Now()) // reads the time zone, while there are files to read
 	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
 	opts := &slog.HandlerOptions{Level: o.logLevel}
 	if o.logFormat == "json" {

@@ -142,6 +142,15 @@ func (s *screen) expect(text string) {
 	}
 }
 
+// end waits until nothing can appear any more.
+func (s *screen) end() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for !s.ended {
+		s.changed.Wait()
+	}
+}
+
 func (s *screen) press(keys string) {
 	s.t.Helper()
 	if _, err := s.tty.WriteString(keys); err != nil {
@@ -218,5 +227,8 @@ func TestTerminalNone(t *testing.T) {
 	s.expect("one")
 	cmd.Process.Signal(unix.SIGTERM)
 	s.expect("mode 0, status 9, foreground false")
-	cmd.Process.Wait()
+	s.end() // Wait closes what is read from
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
 }
