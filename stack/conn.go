@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -29,6 +30,7 @@ type Conn struct {
 	entry waiter.Entry // of OnReady
 	ready func(Readiness)
 	feed  feeder
+	reset atomic.Bool // by the container, after its FIN
 
 	readMu, writeMu             sync.Mutex
 	readDeadline, writeDeadline deadline
@@ -102,13 +104,23 @@ func (c *Conn) Drain(write func(pieces [][]byte) (int, error)) (n int, err error
 // Err returns what ended the connection before its time (unix.ECONNRESET after the container's
 // RST, unix.ETIMEDOUT when it has gone silent), and nil while it stands or after an orderly end.
 func (c *Conn) Err() error {
-	if tcp.EndpointState(c.ep.State()) != tcp.StateError {
-		return nil
+	switch tcp.EndpointState(c.ep.State()) {
+	case tcp.StateError:
+		if err := c.ep.LastError(); err != nil {
+			return errno(err)
+		}
+		return unix.ECONNRESET
+	case tcp.StateClose:
+		// netstack's way to say that a RST came after the container's FIN (RFC 9293 §3.10.7.4, CLOSE-WAIT).
+		// It says so once.
+		if _, reset := c.ep.LastError().(*tcpip.ErrAborted); reset {
+			c.reset.Store(true)
+		}
+		if c.reset.Load() {
+			return unix.ECONNRESET
+		}
 	}
-	if err := c.ep.LastError(); err != nil {
-		return errno(err)
-	}
-	return unix.ECONNRESET
+	return nil
 }
 
 // moderate lets netstack grow the receive window with what was read.
