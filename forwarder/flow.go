@@ -1,6 +1,8 @@
 package forwarder
 
 import (
+	"context"
+	"log/slog"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -164,6 +166,9 @@ func (f *Forwarder) newFlow(k *kind, key flowKey, now int64) (*flow, error) {
 	fl.mu.Unlock()
 	if err == nil {
 		k.table.schedule(fl, now+int64(time.Second))
+		if f.log.Enabled(context.Background(), slog.LevelDebug) {
+			f.log.Debug("flow", "protocol", key.proto, "src", key.src)
+		}
 	}
 	return fl, nil
 }

@@ -60,9 +60,10 @@ type Forwarder struct {
 	receiver      *receiver
 	senders       senders
 	pingForbidden sync.Once
-	filesLogged   atomic.Int64
 	due           []*flow
-	closing       sync.Once
+
+	filesLogged, outboundLogged atomic.Int64 // see seldom
+	closing                     sync.Once
 }
 
 // errStopped is why there is no flow when the Forwarder is not (or no longer) at work.
@@ -196,8 +197,14 @@ func (f *Forwarder) local(dst netip.Addr) bool {
 	return false
 }
 
-// filesLogEvery is how often, at most, we say that there are no files left.
-const filesLogEvery = int64(10 * time.Second)
+// warnEvery is how often, at most, we say that flows of the container fail for a reason of ours.
+const warnEvery = int64(10 * time.Second)
+
+// seldom tells whether it is time to say again what was last said at *last.
+func (f *Forwarder) seldom(last *atomic.Int64) bool {
+	now, then := f.now(), last.Load()
+	return (then == 0 || now-then >= warnEvery) && last.CompareAndSwap(then, now)
+}
 
 // noFlow books n datagrams that were dropped because their flow could not be made.
 func (f *Forwarder) noFlow(k *kind, n int, err error) {
@@ -207,6 +214,11 @@ func (f *Forwarder) noFlow(k *kind, n int, err error) {
 	case noFiles(err):
 		k.count.drop(dropFiles, n)
 		f.noFile(err)
+	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.EADDRNOTAVAIL):
+		k.count.drop(dropError, n)
+		if f.seldom(&f.outboundLogged) {
+			f.log.Warn("the outbound address or interface is gone: new flows of the container are refused", "error", err)
+		}
 	default:
 		k.count.drop(dropError, n)
 		f.log.Debug("no socket for a flow", "error", err)
@@ -225,8 +237,7 @@ func noFiles(err error) bool {
 
 // noFile says, now and then, that a flow was dropped for want of a socket.
 func (f *Forwarder) noFile(err error) {
-	now, last := f.now(), f.filesLogged.Load()
-	if (last == 0 || now-last >= filesLogEvery) && f.filesLogged.CompareAndSwap(last, now) {
+	if f.seldom(&f.filesLogged) {
 		f.log.Warn("no socket for a new flow of the container: it is dropped", "error", err,
 			"remedy", "raise the limit of open files (ulimit -Hn)")
 	}

@@ -1,8 +1,10 @@
 package forwarder
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"strings"
 	"testing"
@@ -186,6 +188,27 @@ func TestOutboundInterfaceAndPortTaken(t *testing.T) {
 	c.send(netip.AddrPortFrom(me4.Addr(), taken.addr.Port()), outside.addr, "hello")
 	if from := outside.expect("hello"); from.Port() == taken.addr.Port() || from.Addr().String() != "10.1.0.1" {
 		t.Errorf("outside sees %v", from)
+	}
+}
+
+// The outbound interface goes away while we run: that is said once, and the container told.
+func TestOutboundGone(t *testing.T) {
+	newNetNS(t)
+	run(t, "ip", "link", "add", "g0", "type", "veth", "peer", "name", "g1")
+	var log bytes.Buffer
+	c, _ := newContainer(t, Config{Outbound: Outbound{Interface4: "g0"}, Log: slog.New(slog.NewTextHandler(&log, nil))})
+	run(t, "ip", "link", "del", "g0")
+	dst := netip.MustParseAddrPort("198.51.100.1:53")
+	for range 3 {
+		c.send(me4, dst, "question")
+		e := c.nextError()
+		if e.Type != 3 || e.Code != 0 {
+			t.Errorf("%+v", e)
+		}
+		checkQuote(t, e, me4, dst, "question")
+	}
+	if n := strings.Count(log.String(), "g0"); n != 1 || !strings.Contains(log.String(), "level=WARN") {
+		t.Errorf("said %d times: %s", n, log.String())
 	}
 }
 

@@ -58,6 +58,33 @@ func TestTableFairness(t *testing.T) {
 	}
 }
 
+// Between equals nobody gains by asking for more.
+func TestTableFairnessOfEquals(t *testing.T) {
+	tb := newTable(10, 0)
+	for i := range 10 {
+		insert(t, tb, testFlow(1+i%2, i, int64(i)), int64(i))
+	}
+	for i := 10; i < 50; i++ {
+		host := 1 + (i/7)%2
+		if evicted := insert(t, tb, testFlow(host, i, int64(i)), int64(i)); evicted.key.src.Addr() != testFlow(host, 0, 0).key.src.Addr() {
+			t.Fatalf("host %d took a flow of %v", host, evicted.key)
+		}
+	}
+	// A third one takes from either, until all have the same.
+	counts := func() (n [4]int) {
+		for key := range tb.flows {
+			n[key.src.Addr().As4()[3]]++
+		}
+		return n
+	}
+	for i := range 20 {
+		insert(t, tb, testFlow(3, i, int64(100+i)), int64(100+i))
+	}
+	if n := counts(); n[1] < 3 || n[2] < 3 || n[3] < 3 {
+		t.Errorf("shares %v", n)
+	}
+}
+
 // Within a source: first who was never answered and is idle longest, then who was.
 func TestTableEvictionOrder(t *testing.T) {
 	tb := newTable(6, 0)

@@ -216,6 +216,14 @@ func TestUDPTrainLongerThanMTU(t *testing.T) {
 	if st := c.f.Stats().UDP; st.Sent != 24 || st.Errors != 0 {
 		t.Errorf("counted %+v", st)
 	}
+	fl := c.f.udp.table.get(flowKey{proto: protoUDP, src: me4})
+	if fl == nil {
+		t.Fatal("no flow")
+	}
+	defer fl.release()
+	if fl.joins(4000) || !fl.joins(1400) {
+		t.Errorf("the kernel would be asked in vain again, or never again: %d", fl.train.Load())
+	}
 }
 
 // What the kernel coalesced reaches the stack as trains of at most 64, in order.
