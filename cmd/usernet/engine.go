@@ -63,6 +63,9 @@ func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.L
 	if e.ns, err = netns.Open(where); err != nil {
 		return nil, err
 	}
+	if err := notOurs(e.ns); err != nil {
+		return nil, err
+	}
 	devices, err := e.openDevices(ctx)
 	if err != nil {
 		return nil, err
@@ -85,6 +88,19 @@ func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.L
 		return nil, err
 	}
 	return e, nil
+}
+
+// notOurs refuses the network namespace that we are in: its default route would lead to us, and our own
+// sockets would follow it, so that a slip of root's would cut off the host.
+func notOurs(ns *netns.NS) error {
+	var theirs, ours unix.Stat_t
+	if err := errors.Join(unix.Fstat(ns.FD(), &theirs), unix.Stat("/proc/thread-self/ns/net", &ours)); err != nil {
+		return fmt.Errorf("%s: compare it with ours: %w", ns, err)
+	}
+	if theirs.Dev == ours.Dev && theirs.Ino == ours.Ino {
+		return fmt.Errorf("%s is the one that usernet itself is in: name another, or make one with \"usernet run\"", ns)
+	}
+	return nil
 }
 
 // openDevices makes or adopts the TAP and puts the capture around it.
