@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -160,8 +161,8 @@ func checkHelper(t *testing.T, p place) {
 }
 
 func TestPlainUserNeedsHelper(t *testing.T) {
-	if os.Geteuid() == 0 {
-		t.Skip("root enters by itself")
+	if !taptest.AsUser(t) {
+		return
 	}
 	for _, owner := range taptest.Owners {
 		n := taptest.NewNS(t, owner).Open(t)
@@ -355,8 +356,8 @@ func TestOpenRefuses(t *testing.T) {
 }
 
 func TestOpenForeignProcess(t *testing.T) {
-	if os.Geteuid() == 0 {
-		t.Skip("root may look into every process")
+	if !taptest.AsUser(t) {
+		return
 	}
 	_, err := netns.OpenPID(1)
 	if !errors.Is(err, unix.EACCES) || !strings.Contains(err.Error(), "belongs to uid 0") {
@@ -365,8 +366,8 @@ func TestOpenForeignProcess(t *testing.T) {
 }
 
 func TestOwnNamespaceWithoutRights(t *testing.T) {
-	if os.Geteuid() == 0 {
-		t.Skip("root may do all of it")
+	if !taptest.AsUser(t) {
+		return
 	}
 	n, err := netns.OpenPID(os.Getpid())
 	if err != nil {
@@ -550,4 +551,64 @@ func TestManyHelpersUnderLoad(t *testing.T) {
 	work.Wait()
 	close(stop)
 	load.Wait()
+}
+
+// What made slirp4netns fail: bubblewrap's --dev puts the process into a user namespace inside the one that
+// owns its network.
+func TestBubblewrap(t *testing.T) {
+	if _, err := exec.LookPath("bwrap"); err != nil {
+		t.Skip("no bwrap (bubblewrap) here")
+	}
+	info, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer info.Close()
+	cmd := exec.Command("bwrap", "--unshare-user", "--unshare-net", "--ro-bind", "/", "/", "--dev", "/dev",
+		"--die-with-parent", "--info-fd", "3", "--", "cat")
+	cmd.ExtraFiles = []*os.File{w}
+	cmd.Stderr = os.Stderr
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		stdin.Close()
+		cmd.Wait()
+	}()
+	var child struct {
+		PID int `json:"child-pid"`
+	}
+	// cat answers when all of bwrap's namespaces are made.
+	_, err = stdin.Write([]byte("x"))
+	if _, readErr := stdout.Read(make([]byte, 1)); err != nil || readErr != nil {
+		t.Skipf("bwrap may not make its namespaces here: %v, %v", err, readErr)
+	}
+	if err := json.NewDecoder(info).Decode(&child); err != nil {
+		t.Fatal(err)
+	}
+	n, err := netns.OpenPID(child.PID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	var p place
+	if _, err := n.Call(t.Context(), ops, "where", struct{}{}, &p); err != nil {
+		t.Fatal(err)
+	}
+	if want := link(t, fmt.Sprintf("/proc/%d/ns/net", child.PID)); p.Net != want {
+		t.Errorf("it ran in %s, want %s", p.Net, want)
+	}
+	if os.Geteuid() != 0 && p.User == link(t, fmt.Sprintf("/proc/%d/ns/user", child.PID)) {
+		t.Errorf("the helper is in the process's own user namespace %s, not in the owner", p.User)
+	}
 }

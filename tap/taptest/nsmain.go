@@ -85,23 +85,55 @@ func Inside(t *testing.T) bool {
 	if os.Getenv(insideEnv) != "" {
 		return true
 	}
+	again := oneTest(t)
+	enterNew(again)
+	runOne(t, again, "in namespaces of its own")
+	return false
+}
+
+// AsUser returns true where the test runs as a plain user. As root it runs the calling test once more in
+// a process of one, without any capability, and returns false when that is done.
+func AsUser(t *testing.T) bool {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		return true
+	}
+	again := oneTest(t)
+	again.SysProcAttr = &syscall.SysProcAttr{
+		Credential: &syscall.Credential{Uid: plainID, Gid: plainID},
+		Pdeathsig:  syscall.SIGKILL,
+	}
+	again.Dir = "/"
+	runOne(t, again, "as a plain user")
+	return false
+}
+
+// plainID is a user and group that nobody has: the kernel needs no entry in /etc/passwd.
+const plainID = 54321
+
+// oneTest is this test binary with the calling test alone.
+func oneTest(t *testing.T) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe", "-test.v", "-test.run", "^"+strings.ReplaceAll(t.Name(), "/", "$/^")+"$")
 	cmd.Args[0] = os.Args[0]
+	return cmd
+}
+
+// runOne gives the other process's verdict to t.
+func runOne(t *testing.T, cmd *exec.Cmd, where string) {
+	t.Helper()
 	runtime.LockOSThread() // the death signal is bound to the thread
 	defer runtime.UnlockOSThread()
-	enterNew(cmd)
 	out, err := cmd.CombinedOutput()
 	switch {
 	case forbidden(err):
-		t.Skipf("this machine forbids user namespaces: %v", err)
+		t.Skipf("this machine forbids a process %s: %v", where, err)
 	case err != nil:
-		t.Errorf("in namespaces of its own: %v\n%s", err, out)
+		t.Errorf("%s: %v\n%s", where, err, out)
 	case bytes.Contains(out, []byte("--- SKIP: "+t.Name())):
-		t.Skipf("in namespaces of its own:\n%s", out)
+		t.Skipf("%s:\n%s", where, out)
 	case !bytes.Contains(out, []byte("--- PASS: "+t.Name())):
-		t.Errorf("in namespaces of its own it did not run:\n%s", out)
+		t.Errorf("%s it did not run:\n%s", where, out)
 	}
-	return false
 }
 
 // enterNew makes cmd start in new namespaces, as root there.
