@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -116,6 +117,22 @@ func (ns *namespace) listen(addr string) (s *server) {
 	return s
 }
 
+// settled waits until packets for an IPv6 address (a prefix) of the calling thread's namespace
+// arrive: the kernel makes the route some time after the address, even without looking for duplicates.
+func settled(prefix string) error {
+	addr, _, _ := strings.Cut(prefix, "/")
+	deadline := time.Now().Add(patience)
+	for {
+		out, err := exec.Command("ip", "-6", "route", "get", addr).CombinedOutput()
+		if err == nil && strings.HasPrefix(string(out), "local") {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("no local route to %s: %s", addr, out)
+		}
+	}
+}
+
 // addHostAddress gives the host an interface toward the world with an address (a prefix) and a default route.
 func addHostAddress(t *testing.T, prefixes ...string) {
 	t.Helper()
@@ -128,6 +145,7 @@ func addHostAddress(t *testing.T, prefixes ...string) {
 		args := []string{"address", "add", p, "dev", "world0"}
 		if strings.Contains(p, ":") {
 			run(t, "ip", append([]string{"-6"}, append(args, "nodad")...)...)
+			check(t, settled(p))
 			run(t, "ip", "-6", "route", "add", "default", "dev", "world0")
 		} else {
 			run(t, "ip", args...)

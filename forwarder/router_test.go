@@ -44,6 +44,10 @@ func newWorld(t *testing.T) world {
 		l.run("ip", "address", "add", l.a4, "dev", l.link)
 		l.run("ip", "-6", "address", "add", l.a6, "dev", l.link, "nodad")
 	}
+	check(t, settled("2001:db8:1::1"))
+	w.router.do(func() error { return settled("2001:db8:1::fe") })
+	w.router.do(func() error { return settled("2001:db8:2::fe") })
+	w.outside.do(func() error { return settled("2001:db8:2::1") })
 	here("ip", "route", "add", "default", "via", "10.1.0.254")
 	here("ip", "-6", "route", "add", "default", "via", "2001:db8:1::fe")
 	w.outside.run("ip", "route", "add", "default", "via", "10.2.0.254")
