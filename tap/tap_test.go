@@ -26,6 +26,9 @@ var inside = netns.Ops{
 	"udp":     netns.Handle(udp),
 	"foreign": netns.Handle(foreign),
 	"change":  netns.Handle(change),
+	"sysctl": netns.Handle(func(_ context.Context, set [2]string) (struct{}, []*os.File, error) {
+		return struct{}{}, nil, os.WriteFile("/proc/sys/net/"+set[0], []byte(set[1]), 0)
+	}),
 }
 
 func ops() netns.Ops {
@@ -317,6 +320,16 @@ func TestOneFamily(t *testing.T) {
 		if s := see(t, n); len(s.Routes) != 1 {
 			t.Errorf("routes %q", s.Routes)
 		}
+	}
+}
+
+// Runtimes turn IPv6 off by default where their own network has none.
+func TestIPv6IsTurnedOn(t *testing.T) {
+	n := newNS(t)
+	call(t, n, "sysctl", [2]string{"ipv6/conf/default/disable_ipv6", "1"}, nil)
+	d := open(t, n, config())
+	if got := fmt.Sprint(d.Addrs()); got != "[10.0.2.100/24 fd00::100/64]" {
+		t.Error(got)
 	}
 }
 

@@ -126,7 +126,11 @@ func (n *NS) openPath(path string) error {
 		return err
 	}
 	n.life.dir, n.life.base = dir, base
-	if pid, ok := procPID(dir); ok {
+	pid, err := procPID(dir)
+	if err != nil {
+		return err
+	}
+	if pid > 0 {
 		if err := n.openPID(pid); err != nil {
 			return fmt.Errorf("process %d: %w", pid, err)
 		}
@@ -307,20 +311,28 @@ func explainPath(path string, err error) error {
 }
 
 // procPID tells whose directory dir is, if it is one in /proc (/proc/PID/ns or
-// /proc/PID/task/TID/ns, however it was reached).
-func procPID(dir int) (int, bool) {
+// /proc/PID/task/TID/ns, however it was reached), and 0 if it is none.
+func procPID(dir int) (int, error) {
 	var fs unix.Statfs_t
 	if unix.Fstatfs(dir, &fs) != nil || fs.Type != unix.PROC_SUPER_MAGIC {
-		return 0, false
+		return 0, nil
 	}
 	name, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(dir))
 	if err != nil {
-		return 0, false
+		return 0, fmt.Errorf("find its process: %w", err)
 	}
-	for part := range strings.SplitSeq(name, "/") {
-		if pid, err := strconv.Atoi(part); err == nil && pid > 0 {
-			return pid, true
+	parts := strings.Split(name, "/")
+	for i, part := range parts {
+		pid, err := strconv.Atoi(part)
+		if err != nil || pid <= 0 {
+			continue
 		}
+		// The number counts in the PID namespace of that mount; ours is the one in which we are ourselves.
+		self, _ := os.Readlink(strings.Join(parts[:i], "/") + "/self")
+		if self != strconv.Itoa(os.Getpid()) {
+			return 0, errors.New("it is in the /proc of another PID namespace, whose processes cannot be watched: name it by our own /proc")
+		}
+		return pid, nil
 	}
-	return 0, false
+	return 0, nil
 }

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -610,5 +611,37 @@ func TestBubblewrap(t *testing.T) {
 	}
 	if os.Geteuid() != 0 && p.User == link(t, fmt.Sprintf("/proc/%d/ns/user", child.PID)) {
 		t.Errorf("the helper is in the process's own user namespace %s, not in the owner", p.User)
+	}
+}
+
+// The same number is another process there.
+func TestProcOfAnotherPIDNamespace(t *testing.T) {
+	if !taptest.Inside(t) {
+		return
+	}
+	dir := t.TempDir()
+	cmd := exec.Command("sh", "-c", "mount -t proc proc "+dir+" && echo mounted && exec cat")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		stdin.Close()
+		cmd.Wait()
+		unix.Unmount(dir, unix.MNT_DETACH)
+	}()
+	if line, _ := bufio.NewReader(stdout).ReadString('\n'); line != "mounted\n" {
+		t.Skip("a user namespace may not mount /proc here: the machine's own is covered in parts")
+	}
+	if n, err := netns.OpenPath(dir + "/1/ns/net"); err == nil || !strings.Contains(err.Error(), "another PID namespace") {
+		t.Errorf("opened %v, %v", n, err)
 	}
 }
