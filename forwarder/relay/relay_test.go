@@ -1,0 +1,409 @@
+package relay
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"usernet/stack"
+)
+
+// memoryEnd is a container's end in memory: Drain takes from sent, Fill appends to received.
+type memoryEnd struct {
+	mu       sync.Mutex
+	cond     sync.Cond
+	sent     []byte
+	sentEnd  bool // FIN after sent
+	received []byte
+	room     int // what Fill still takes; below 0 there is no limit
+	gotEnd   bool
+	closed   bool
+	aborted  bool
+	err      error
+	ready    func(stack.Readiness)
+}
+
+func newMemoryEnd() *memoryEnd {
+	e := &memoryEnd{room: -1}
+	e.cond.L = &e.mu
+	return e
+}
+
+func (e *memoryEnd) notify(r stack.Readiness) {
+	e.mu.Lock()
+	ready := e.ready
+	e.mu.Unlock()
+	if ready != nil {
+		ready(r)
+	}
+}
+
+func (e *memoryEnd) send(b []byte, end bool) {
+	e.mu.Lock()
+	e.sent = append(e.sent, b...)
+	e.sentEnd = end
+	e.mu.Unlock()
+	e.notify(stack.ReadyIn)
+}
+
+func (e *memoryEnd) Drain(write func([][]byte) (int, error)) (int, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	switch {
+	case len(e.sent) > 0:
+		n, err := write([][]byte{e.sent})
+		e.sent = e.sent[n:]
+		return n, err
+	case e.sentEnd:
+		return 0, io.EOF
+	case e.err != nil:
+		return 0, e.err
+	}
+	return 0, unix.EAGAIN
+}
+
+func (e *memoryEnd) Fill(n int, read func([]byte) (int, error)) (int, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	defer e.cond.Broadcast()
+	if e.room == 0 {
+		return 0, unix.EAGAIN
+	}
+	if e.room > 0 {
+		n = min(n, e.room)
+		e.room -= n
+	}
+	b := make([]byte, n)
+	for got := 0; got < n; {
+		m, err := read(b[got:])
+		if err != nil {
+			return 0, err
+		}
+		got += m
+	}
+	e.received = append(e.received, b...)
+	return n, nil
+}
+
+func (e *memoryEnd) OnReady(f func(stack.Readiness)) {
+	e.mu.Lock()
+	e.ready = f
+	e.mu.Unlock()
+	f(stack.ReadyIn | stack.ReadyOut | stack.ReadyErr)
+}
+
+func (e *memoryEnd) Err() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.err
+}
+
+func (e *memoryEnd) set(f func()) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	f()
+	e.cond.Broadcast()
+}
+
+func (e *memoryEnd) CloseWrite() error { e.set(func() { e.gotEnd = true }); return nil }
+func (e *memoryEnd) Close() error      { e.set(func() { e.closed = true }); return nil }
+func (e *memoryEnd) Abort()            { e.set(func() { e.aborted = true }) }
+
+// until waits until ok, which is called with e locked.
+func (e *memoryEnd) until(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	late := time.AfterFunc(20*time.Second, func() { e.set(func() {}) })
+	defer late.Stop()
+	deadline := time.Now().Add(20 * time.Second)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for !ok() {
+		if !time.Now().Before(deadline) {
+			t.Fatalf("waited in vain until %s", what)
+		}
+		e.cond.Wait()
+	}
+}
+
+// running returns a Loop that runs until stop, which the end of the test calls too.
+func running(t testing.TB) (l *Loop, stop func()) {
+	t.Helper()
+	l, err := NewLoop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- l.Run(ctx) }()
+	stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("run: %v", err)
+		}
+		l.Close()
+	})
+	t.Cleanup(stop)
+	return l, stop
+}
+
+// hostPair returns a connected socket for Join, and the connection's other end.
+func hostPair(t testing.TB) (fd int, peer *net.TCPConn) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	to := &unix.SockaddrInet4{Port: ln.Addr().(*net.TCPAddr).Port, Addr: [4]byte{127, 0, 0, 1}}
+	if err := unix.Connect(fd, to); err != nil {
+		t.Fatal(err)
+	}
+	c, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return fd, c.(*net.TCPConn)
+}
+
+func TestJoinPassesBothWays(t *testing.T) {
+	l, _ := running(t)
+	e := newMemoryEnd()
+	fd, peer := hostPair(t)
+	done := make(chan error, 1)
+	if err := l.Join(e, fd, func(err error) { done <- err }); err != nil {
+		t.Fatal(err)
+	}
+	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<16)
+	go func() {
+		peer.Write(data)
+		peer.CloseWrite()
+	}()
+	e.send(data, true)
+	got, err := io.ReadAll(peer)
+	if err != nil || !bytes.Equal(got, data) {
+		t.Errorf("the host read %d octets of %d, %v", len(got), len(data), err)
+	}
+	e.until(t, "the container has it all", func() bool { return e.gotEnd && e.closed })
+	if !bytes.Equal(e.received, data) {
+		t.Errorf("the container received %d octets of %d", len(e.received), len(data))
+	}
+	if err := <-done; err != nil || e.aborted {
+		t.Errorf("ended with %v, aborted %v; want an orderly end", err, e.aborted)
+	}
+	if st := l.Stats(); st.Active != 0 || st.Joined != 1 || st.Aborted != 0 || st.OctetsIn != uint64(len(data)) || st.OctetsOut != uint64(len(data)) {
+		t.Errorf("counted %+v", st)
+	}
+}
+
+// Without room at the container's end nothing is read from the host, and with room it goes on.
+func TestJoinWaitsForRoom(t *testing.T) {
+	l, _ := running(t)
+	e := newMemoryEnd()
+	e.room = 5
+	fd, peer := hostPair(t)
+	if err := l.Join(e, fd, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := peer.Write([]byte("hello, world")); err != nil {
+		t.Fatal(err)
+	}
+	e.until(t, "there is no room", func() bool { return e.room == 0 })
+	if string(e.received) != "hello" {
+		t.Errorf("received %q", e.received)
+	}
+	e.set(func() { e.room = -1 })
+	e.notify(stack.ReadyOut)
+	e.until(t, "the rest is there", func() bool { return string(e.received) == "hello, world" })
+}
+
+func TestJoinAborts(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		do   func(e *memoryEnd, peer *net.TCPConn, stop func())
+		want error
+	}{
+		{"the container resets", func(e *memoryEnd, _ *net.TCPConn, _ func()) {
+			e.set(func() { e.err = unix.ECONNRESET })
+			e.notify(stack.ReadyErr)
+		}, unix.ECONNRESET},
+		{"the host resets", func(_ *memoryEnd, peer *net.TCPConn, _ func()) {
+			peer.SetLinger(0)
+			peer.Close()
+		}, unix.ECONNRESET},
+		{"the loop stops", func(_ *memoryEnd, _ *net.TCPConn, stop func()) { stop() }, ErrStopped},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			l, stop := running(t)
+			e := newMemoryEnd()
+			fd, peer := hostPair(t)
+			done := make(chan error, 1)
+			if err := l.Join(e, fd, func(err error) { done <- err }); err != nil {
+				t.Fatal(err)
+			}
+			test.do(e, peer, stop)
+			if err := <-done; !errors.Is(err, test.want) {
+				t.Errorf("ended with %v, want %v", err, test.want)
+			}
+			if e.until(t, "the container's end is aborted", func() bool { return e.aborted }); e.closed {
+				t.Error("an abort became an orderly end")
+			}
+			if test.name != "the host resets" {
+				if _, err := peer.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+					t.Errorf("the host saw %v, want ECONNRESET", err)
+				}
+			}
+		})
+	}
+}
+
+func TestJoinAfterStop(t *testing.T) {
+	l, stop := running(t)
+	stop()
+	e := newMemoryEnd()
+	fd, peer := hostPair(t)
+	if err := l.Join(e, fd, nil); !errors.Is(err, ErrStopped) {
+		t.Errorf("join: %v", err)
+	}
+	if !e.aborted {
+		t.Error("the container's end still stands")
+	}
+	if _, err := peer.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("the host saw %v, want ECONNRESET", err)
+	}
+	if err := l.Connect(context.Background(), socket(t), &full(t).SockaddrInet4); !errors.Is(err, ErrStopped) {
+		t.Errorf("connect: %v", err)
+	}
+}
+
+func socket(t *testing.T) int {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	return fd
+}
+
+func TestConnect(t *testing.T) {
+	l, stop := running(t)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	to := &unix.SockaddrInet4{Port: ln.Addr().(*net.TCPAddr).Port, Addr: [4]byte{127, 0, 0, 1}}
+	if err := l.Connect(context.Background(), socket(t), to); err != nil {
+		t.Errorf("a listener: %v", err)
+	}
+	ln.Close()
+	if err := l.Connect(context.Background(), socket(t), to); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("a closed port: %v", err)
+	}
+
+	sa := full(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	if err := l.Connect(ctx, socket(t), &sa.SockaddrInet4); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a black hole: %v", err)
+	}
+	hung := make(chan error, 1)
+	fd := socket(t)
+	go func() { hung <- l.Connect(context.Background(), fd, &sa.SockaddrInet4) }()
+	for l.waiting() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	sa.accept(t) // now there is room, once for each dial that hangs, and SYNs are repeated within a second
+	sa.accept(t)
+	if err := <-hung; err != nil {
+		t.Errorf("a dial that is answered late: %v", err)
+	}
+	sa = full(t)
+	fd = socket(t)
+	go func() { hung <- l.Connect(context.Background(), fd, &sa.SockaddrInet4) }()
+	for l.waiting() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	stop()
+	if err := <-hung; !errors.Is(err, ErrStopped) {
+		t.Errorf("a dial when the loop stops: %v", err)
+	}
+}
+
+// waiting is how many dials hang.
+func (l *Loop) waiting() int {
+	n := 0
+	for _, w := range l.workers {
+		w.mu.Lock()
+		n += len(w.dials)
+		w.mu.Unlock()
+	}
+	return n
+}
+
+// fullListener is the address of a listener whose accept queue is full: dials to it hang.
+type fullListener struct {
+	unix.SockaddrInet4
+	fd int
+}
+
+func full(t *testing.T) *fullListener {
+	t.Helper()
+	f := &fullListener{fd: socket(t)}
+	if err := errors.Join(unix.Bind(f.fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), unix.Listen(f.fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	sa, err := unix.Getsockname(f.fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.SockaddrInet4 = *sa.(*unix.SockaddrInet4)
+	if err := unix.Connect(socket(t), &f.SockaddrInet4); err != nil && err != unix.EINPROGRESS {
+		t.Fatal(err)
+	}
+	return f
+}
+
+// accept takes one connection out of the queue.
+func (f *fullListener) accept(t *testing.T) {
+	t.Helper()
+	for {
+		fd, _, err := unix.Accept4(f.fd, 0)
+		switch err {
+		case nil:
+			unix.Close(fd)
+			return
+		case unix.EAGAIN:
+			time.Sleep(time.Millisecond)
+		default:
+			t.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkRelayRoundTrip(b *testing.B) {
+	l, _ := running(b)
+	e := newMemoryEnd()
+	fd, peer := hostPair(b)
+	if err := l.Join(e, fd, nil); err != nil {
+		b.Fatal(err)
+	}
+	buf := make([]byte, 64)
+	b.ReportAllocs()
+	for b.Loop() {
+		e.send(buf, false)
+		if _, err := io.ReadFull(peer, buf); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
