@@ -52,8 +52,9 @@ func attach(o *options, log *slog.Logger) (err error) {
 		func(ctx context.Context) error { return endOnHangUp(ctx, given.exit) },
 		e.endWithNamespace,
 	)
+	err = endedBySignal(ctx, err, log)
 	logStats(log, e)
-	return endedBySignal(ctx, err, log)
+	return err
 }
 
 // endedBySignal makes of an error none if it is an ending, or came of a signal's.

@@ -43,7 +43,7 @@ var calls = []struct {
 		"fdatasync", "fsync", "ftruncate", "pwrite64",
 	}},
 	{"following resolv.conf, the namespace's path and removing the PID file; Landlock says where", []string{
-		"faccessat", "fstat", "fstatfs", "getdents64", "inotify_add_watch", "inotify_init1", "inotify_rm_watch",
+		"faccessat", "fstat", "fstatat", "fstatfs", "getdents64", "inotify_add_watch", "inotify_init1", "inotify_rm_watch",
 		"newfstatat", "readlinkat", "statx", "unlinkat",
 	}},
 	{"the end: the helper and run's command are waited for, the namespace's lock is given up", []string{
