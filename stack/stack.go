@@ -59,6 +59,8 @@ type Config struct {
 
 	// Log gets life events at Info and flows at Debug; nil discards.
 	Log *slog.Logger
+
+	clock tcpip.Clock // netstack's; nil: the real one. Tests of long times set it.
 }
 
 // Stack is the gateway. Make it with New, then call Run.
@@ -103,6 +105,7 @@ func New(cfg Config, devs []Device, h Handler) (*Stack, error) {
 		TransportProtocols: []stack.TransportProtocolFactory{
 			tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
 		},
+		Clock: cfg.clock,
 	})
 	s.tcp = newTCPRequests(s)
 	if err := s.configure(); err != nil {
