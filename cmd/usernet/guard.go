@@ -39,6 +39,10 @@ func guardMain() int {
 	if n, err := os.NewFile(guardPipe, "pipe").Read(make([]byte, 1)); n > 0 || !errors.Is(err, io.EOF) {
 		return 0
 	}
+	// A /proc of another PID namespace speaks of other processes by the same numbers.
+	if self, err := os.Readlink("/proc/self"); err != nil || self != strconv.Itoa(os.Getpid()) {
+		return 1
+	}
 	var ns unix.Stat_t
 	if unix.Fstat(guardNetNS, &ns) != nil {
 		return 1

@@ -12,6 +12,7 @@ import (
 // The test binary starts itself in one of these roles, by an environment variable.
 var roles = map[string]func() int{
 	"confined": confinedRole,
+	"mounts":   mountsRole,
 	"terminal": terminalRole,
 }
 

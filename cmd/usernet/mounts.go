@@ -29,37 +29,59 @@ func mountEtc(files []etcFile, dirs []etcDir) (warnings []error, err error) {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return nil, fmt.Errorf("make mounts private: %w", namespaceAdvice(err, sysctl))
 	}
-	// Where the paths lead is asked before the tmpfs covers anything.
-	targets := make([]string, len(files))
-	for i, f := range files {
-		target, err := filepath.EvalSymlinks(f.Path)
-		if err != nil {
-			warnings = append(warnings, fmt.Errorf("%s stays as it is: %w", f.Path, err))
+	warn := func(path string, err error) {
+		warnings = append(warnings, fmt.Errorf("%s stays as it is: %w", path, err))
+	}
+	// All that is mounted over is opened first: the tmpfs may cover it for a while, and a file may lead
+	// into one of the directories.
+	over := map[string]*os.File{}
+	defer func() {
+		for _, f := range over {
+			f.Close()
 		}
-		targets[i] = target
+	}()
+	for _, d := range dirs {
+		if fd, err := unix.Open(d.Path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err == nil {
+			over[d.Path] = os.NewFile(uintptr(fd), d.Path)
+		}
+	}
+	for _, f := range files {
+		fd, err := unix.Open(f.Path, unix.O_PATH|unix.O_CLOEXEC, 0) // through symlinks
+		if err != nil {
+			warn(f.Path, err)
+			continue
+		}
+		over[f.Path] = os.NewFile(uintptr(fd), f.Path)
 	}
 	base, err := scratch()
 	if err != nil {
 		return warnings, namespaceAdvice(err, sysctl)
 	}
-	for i, d := range dirs {
-		if err := mountDir(filepath.Join(base, fmt.Sprintf("dir%d", i)), d); err != nil {
-			warnings = append(warnings, fmt.Errorf("%s stays as it is: %w", d.Path, err))
-		}
-	}
+	// A directory covers the files in it, and brings its own.
 	for i, f := range files {
-		if targets[i] == "" {
+		if over[f.Path] == nil {
 			continue
 		}
 		source := filepath.Join(base, fmt.Sprintf("file%d", i))
 		err := os.WriteFile(source, []byte(f.Text), 0o644)
 		if err == nil {
-			if err = unix.Mount(source, targets[i], "", unix.MS_BIND, ""); err != nil {
-				err = fmt.Errorf("bind mount: %w", err)
-			}
+			err = bind(source, over[f.Path])
 		}
 		if err != nil {
-			warnings = append(warnings, fmt.Errorf("%s stays as it is: %w", f.Path, err))
+			warn(f.Path, err)
+		}
+	}
+	for i, d := range dirs {
+		if over[d.Path] == nil {
+			continue
+		}
+		source := filepath.Join(base, fmt.Sprintf("dir%d", i))
+		err := makeFiles(source, d.Files)
+		if err == nil {
+			err = bind(source, over[d.Path])
+		}
+		if err != nil {
+			warn(d.Path, err)
 		}
 	}
 	if err := unix.Unmount(base, unix.MNT_DETACH); err != nil {
@@ -81,20 +103,23 @@ func scratch() (string, error) {
 	return "", errors.Join(errs...)
 }
 
-func mountDir(source string, d etcDir) error {
-	if fi, err := os.Stat(d.Path); err != nil || !fi.IsDir() {
-		return nil
+// bind mounts source over what target leads to, whatever covers its path.
+func bind(source string, target *os.File) error {
+	if err := unix.Mount(source, fmt.Sprintf("/proc/self/fd/%d", target.Fd()), "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("bind mount (is /proc mounted?): %w", err)
 	}
-	if err := os.Mkdir(source, 0o755); err != nil {
+	return nil
+}
+
+// makeFiles makes a directory with files in it.
+func makeFiles(dir string, files []etcFile) error {
+	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
-	for _, f := range d.Files {
-		if err := os.WriteFile(filepath.Join(source, f.Path), []byte(f.Text), 0o644); err != nil {
+	for _, f := range files {
+		if err := os.WriteFile(filepath.Join(dir, f.Path), []byte(f.Text), 0o644); err != nil {
 			return err
 		}
-	}
-	if err := unix.Mount(source, d.Path, "", unix.MS_BIND, ""); err != nil {
-		return fmt.Errorf("bind mount: %w", err)
 	}
 	return nil
 }
