@@ -91,7 +91,27 @@ func (t *tcpRequests) reject() {
 	}
 }
 
-func (t *tcpRequests) wait() { t.running.Wait() }
+// wait returns when all handlers have. A handshake that was beginning while netstack was closed has
+// got an endpoint since then, which nobody else will end.
+func (t *tcpRequests) wait() {
+	ended := make(chan struct{})
+	go func() {
+		t.running.Wait()
+		close(ended)
+	}()
+	again := time.NewTicker(5 * time.Millisecond)
+	defer again.Stop()
+	for {
+		select {
+		case <-ended:
+			return
+		case <-again.C:
+			for _, e := range t.s.ns.RegisteredEndpoints() {
+				e.Abort()
+			}
+		}
+	}
+}
 
 // handlePacket gets every segment that belongs to no connection, on the goroutine that reads frames.
 func (t *tcpRequests) handlePacket(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
@@ -208,6 +228,10 @@ func (r *TCPRequest) Accept() (*Conn, error) {
 	req := r.req
 	r.req = nil
 	defer r.s.tcp.forget(r.id)
+	if err := r.ctx.Err(); err != nil {
+		req.Complete(false) // nobody waits for the answer
+		return nil, err
+	}
 	wq := new(waiter.Queue)
 	r.giveUp.Stop() // the handshake has netstack's own timer from here on
 	ep, terr := req.CreateEndpoint(wq)
