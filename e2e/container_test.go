@@ -166,7 +166,7 @@ func (w where) begin(t testing.TB, args ...string) *usernet {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	args = append([]string{binary, "--ready-fd", "3", "--log-level", "debug"}, args...)
+	args = append(append([]string{binary, "--ready-fd", "3", "--log-level", "debug"}, noSandbox()...), args...)
 	u := &usernet{w.start(t, func(cmd *exec.Cmd) { cmd.ExtraFiles = []*os.File{writer} }, args...)}
 	writer.Close()
 	ready := make(chan string, 1)
@@ -186,10 +186,30 @@ func (w where) begin(t testing.TB, args ...string) *usernet {
 	return u
 }
 
+// runLine is the command line of usernet run.
+func runLine(args ...string) []string {
+	return append(append([]string{binary, "run"}, noSandbox()...), args...)
+}
+
+// noSandbox: the race detector needs cgo, and with its threads there is no sandbox.
+func noSandbox() []string {
+	if raceDetector {
+		return []string{"--no-sandbox"}
+	}
+	return nil
+}
+
 // end asks usernet to end, and expects status 0.
 func (u *usernet) end(t testing.TB) {
 	t.Helper()
 	u.signal(t, syscall.SIGTERM)
+	select {
+	case <-u.ended:
+	case <-time.After(patience):
+		u.signal(t, syscall.SIGQUIT) // where it is stuck
+		u.wait(t)
+		t.Fatalf("usernet has not ended %v after SIGTERM:\n%s", patience, u.out)
+	}
 	if code := u.wait(t); code != 0 {
 		t.Errorf("usernet ended with status %d after SIGTERM", code)
 	}

@@ -3,9 +3,12 @@ package e2e
 import (
 	"fmt"
 	"io"
+	"net"
 	"os/exec"
 	"strconv"
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -53,10 +56,37 @@ func TestNothingLeftOfManyConnections(t *testing.T) {
 		t.Errorf("the idle connections ended with %d, %q", code, idle.out)
 	}
 	eventually(t, "the files of the connections are closed", func() bool { return u.fds(t) <= filesAtFirst+8 })
-	// A second round must not need more than the first did: what grows by the round is a leak.
-	c.must(t, helper("churn", server.String(), "10000")...)
+	// A second round must not need more than the first did: what grows by the round is a leak. It is smaller, because half of
+	// the ephemeral ports are in TIME-WAIT by now, and a kernel that has used up the odd ones searches long.
+	c.must(t, helper("churn", server.String(), "2500")...)
 	eventually(t, "the files of the second round are closed", func() bool { return u.fds(t) <= filesAtFirst+8 })
-	if _, rss := measure("after 10000 more"); rss > 2*rssIdle {
+	if _, rss := measure("after 2500 more"); rss > 2*rssIdle {
 		t.Errorf("%d KiB after a second round, %d at the peak of the first", rss, rssIdle)
+	}
+}
+
+// usernet ends as promptly in the midst of work, told so or because its namespace has gone.
+func TestEndsUnderLoad(t *testing.T) {
+	for name, end := range map[string]func(t *testing.T, c *container, u *usernet){
+		"SIGTERM":            func(t *testing.T, c *container, u *usernet) { u.signal(t, syscall.SIGTERM) },
+		"the container ends": func(t *testing.T, c *container, u *usernet) { syscall.Kill(c.pid, syscall.SIGKILL) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			var served atomic.Int32
+			server := lab.outside.serveTCP(t, outsideAddr4+":0", func(conn *net.TCPConn) {
+				served.Add(1)
+				echo(conn)
+			})
+			c := newContainer(t)
+			u := begin(t, strconv.Itoa(c.pid))
+			c.start(t, nil, helper("churn", server.String(), "1000000")...)
+			datagrams := c.net.connect(t, "udp", server.String())
+			eventually(t, "connections come and go", func() bool {
+				datagrams.Write(pattern[:1000])
+				return served.Load() > 500
+			})
+			end(t, c, u)
+			endsWell(t, u)
+		})
 	}
 }

@@ -56,10 +56,13 @@ func outer() (int, error) {
 	if bin == "" {
 		bin = filepath.Join(dir, "usernet")
 		args := []string{"build", "-buildvcs=false", "-o", bin}
+		cgo := "0"
 		if raceDetector {
-			args = append(args, "-race")
+			args, cgo = append(args, "-race"), "1"
 		}
-		if out, err := exec.Command("go", append(args, "../cmd/usernet")...).CombinedOutput(); err != nil {
+		build := exec.Command("go", append(args, "../cmd/usernet")...)
+		build.Env = append(os.Environ(), "CGO_ENABLED="+cgo)
+		if out, err := build.CombinedOutput(); err != nil {
 			return 1, fmt.Errorf("build usernet: %w\n%s", err, out)
 		}
 	}

@@ -100,15 +100,10 @@ func tail(s string) string {
 // wait returns the exit status, 128 and the signal's number after a signal.
 func (p *process) wait(t testing.TB) int {
 	t.Helper()
-	return p.waitFor(t, patience)
-}
-
-func (p *process) waitFor(t testing.TB, most time.Duration) int {
-	t.Helper()
 	select {
 	case <-p.ended:
-	case <-time.After(most):
-		t.Fatalf("%s: has not ended after %v", p.name, most)
+	case <-time.After(patience):
+		t.Fatalf("%s: has not ended after %v", p.name, patience)
 	}
 	var exit *exec.ExitError
 	if errors.As(p.err, &exit) {

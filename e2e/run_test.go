@@ -36,10 +36,10 @@ func TestRun(t *testing.T) {
 		{"interfaces", []string{"--", "ip", "addr"}, 0, []string{"lo: <LOOPBACK,UP", container4, container6}},
 		{"flags", []string{"--mtu=1500", "--", "ip", "link", "show", "tap0"}, 0, []string{"mtu 1500"}},
 		{"a flag of the command", []string{"sh", "-c", "exit 3"}, 3, nil},
-		{"within itself", []string{"--", binary, "run", "--", "curl", "-sS", url + "/5"}, 0, []string{string(pattern[:5])}},
+		{"within itself", append([]string{"--"}, runLine("--", "curl", "-sS", url+"/5")...), 0, []string{string(pattern[:5])}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			out, code := lab.home.run(t, append([]string{binary, "run"}, test.args...)...)
+			out, code := lab.home.run(t, runLine(test.args...)...)
 			if code != test.code {
 				t.Errorf("status %d, want %d: %s", code, test.code, out)
 			}
@@ -54,19 +54,19 @@ func TestRun(t *testing.T) {
 		p := lab.home.start(t, func(cmd *exec.Cmd) {
 			cmd.Env = append(cmd.Env, "SHELL=/bin/sh")
 			cmd.Stdin = strings.NewReader("echo shell $0\nexit 5\n")
-		}, binary, "run")
+		}, runLine()...)
 		if code := p.wait(t); code != 5 || !strings.Contains(p.out.String(), "shell /bin/sh") {
 			t.Errorf("status %d, %q", code, p.out)
 		}
 	})
 	t.Run("a terminal", func(t *testing.T) {
-		out := lab.home.must(t, "script", "-qec", binary+" run -- sh -c 'tty; echo size $(stty size); test -t 0 -a -t 1 && echo terminal'", "/dev/null")
+		out := lab.home.must(t, "script", "-qec", strings.Join(runLine(), " ")+" -- sh -c 'tty; echo size $(stty size); test -t 0 -a -t 1 && echo terminal'", "/dev/null")
 		if !strings.Contains(out, "terminal") || strings.Contains(out, "not a tty") {
 			t.Errorf("got %q", out)
 		}
 	})
 	t.Run("a shell with job control", func(t *testing.T) {
-		out := lab.home.must(t, "script", "-qec", binary+" run -- bash -ic 'echo interactive'", "/dev/null")
+		out := lab.home.must(t, "script", "-qec", strings.Join(runLine(), " ")+" -- bash -ic 'echo interactive'", "/dev/null")
 		if !strings.Contains(out, "interactive") || strings.Contains(out, "no job control") {
 			t.Errorf("got %q", out)
 		}
@@ -82,7 +82,7 @@ func TestRun(t *testing.T) {
 func TestRunSignals(t *testing.T) {
 	for name, s := range map[string]syscall.Signal{"TERM": syscall.SIGTERM, "INT": syscall.SIGINT, "HUP": syscall.SIGHUP, "USR1": syscall.SIGUSR1} {
 		t.Run(name, func(t *testing.T) {
-			p := lab.home.start(t, nil, binary, "run", "--", "sh", "-c", "trap 'echo got "+name+"; exit 9' "+name+"; echo up; while :; do sleep 0.05; done")
+			p := lab.home.start(t, nil, runLine("--", "sh", "-c", "trap 'echo got "+name+"; exit 9' "+name+"; echo up; while :; do sleep 0.05; done")...)
 			p.has(t, "up\n")
 			p.signal(t, s)
 			if code := p.wait(t); code != 9 || !strings.Contains(p.out.String(), "got "+name) {
@@ -91,7 +91,7 @@ func TestRunSignals(t *testing.T) {
 		})
 	}
 	t.Run("KILL", func(t *testing.T) {
-		p := lab.home.start(t, nil, binary, "run", "--", "sh", "-c", "echo up; exec sleep 3456")
+		p := lab.home.start(t, nil, runLine("--", "sh", "-c", "echo up; exec sleep 3456")...)
 		p.has(t, "up\n")
 		p.signal(t, syscall.SIGKILL)
 		p.wait(t)
