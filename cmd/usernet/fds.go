@@ -31,6 +31,9 @@ func inherited(flag string, fd int) (*os.File, error) {
 	if flag == "ready-fd" && (err != nil || mode&unix.O_ACCMODE == unix.O_RDONLY || mode&unix.O_PATH != 0) {
 		return nil, usageError{fmt.Errorf("--%s %d: is not open for writing", flag, fd)}
 	}
+	if flag == "exit-fd" && err == nil && st.Mode&unix.S_IFMT == unix.S_IFIFO && mode&unix.O_ACCMODE == unix.O_RDWR {
+		return nil, usageError{fmt.Errorf("--%s %d: is open for writing too, so that it would never hang up: open it for reading only", flag, fd)}
+	}
 	unix.CloseOnExec(fd)
 	return os.NewFile(uintptr(fd), "--"+flag+" "+strconv.Itoa(fd)), nil
 }

@@ -91,11 +91,21 @@ func TestInherited(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(epoll)
+	path := filepath.Join(t.TempDir(), "fifo")
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	both, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer both.Close()
 	for _, tt := range []struct {
 		flag string
 		fd   int
 		want string
 	}{
+		{"exit-fd", int(both.Fd()), "would never hang up"},
 		{"ready-fd", int(w.Fd()), ""}, {"ready-fd", int(file.Fd()), ""}, {"exit-fd", int(r.Fd()), ""},
 		{"ready-fd", int(r.Fd()), "not open for writing"}, {"ready-fd", int(dir.Fd()), "is a directory"},
 		{"exit-fd", int(file.Fd()), "never hangs up"}, {"exit-fd", epoll, "is not open"}, {"ready-fd", 1 << 20, "is not open"},
