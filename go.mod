@@ -7,7 +7,6 @@ require (
 	github.com/google/btree v1.1.3 // indirect
 	github.com/gopacket/gopacket v1.7.7 // indirect
 	github.com/insomniacslk/dhcp v0.0.0-20260901064844-234b97448fae // indirect
-	github.com/landlock-lsm/go-landlock v0.11.0 // indirect
 	github.com/miekg/dns v1.1.73 // indirect
 	github.com/pierrec/lz4/v4 v4.1.22 // indirect
 	github.com/rootless-containers/rootlesskit/v3 v3.3.0 // indirect

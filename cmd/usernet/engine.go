@@ -31,8 +31,7 @@ import (
 // openEngine opens all that needs rights and starts nothing; run is its life; close takes it down.
 //
 // At the end the services go first, so that their connections are reset while the stack can still say so
-// to the container; then the stack, which closes the devices; then the TAP and the
-// helper that could remove it.
+// to the container; then the stack, which closes the devices; then the TAP.
 type engine struct {
 	o   *options
 	log *slog.Logger
@@ -69,6 +68,9 @@ func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.L
 	devices, err := e.openDevices(ctx)
 	if err != nil {
 		return nil, err
+	}
+	if err := e.ns.Rest(); err != nil { // all that is left to do is done through the TAP's descriptor
+		return nil, fmt.Errorf("end the helper: %w", err)
 	}
 	if e.forward, err = forwarder.New(e.forwarderConfig(files)); err != nil {
 		return nil, err

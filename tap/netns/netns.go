@@ -213,14 +213,28 @@ func (n *NS) Close() error {
 		return nil
 	}
 	n.closed = true
-	var err error
-	if n.helper != nil {
-		err = n.helper.close()
-		n.helper = nil
-	}
+	err := n.restLocked()
 	closeFd(&n.fd)
 	closeFd(&n.userFd)
 	n.life.close()
+	return err
+}
+
+// Rest ends the helper, if there is one, until the next Call, which needs the rights to start one again.
+// A helper is a process of some megabytes, and one that the container may see: whoever has no more to
+// ask lets it go.
+func (n *NS) Rest() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.restLocked()
+}
+
+func (n *NS) restLocked() error {
+	if n.helper == nil {
+		return nil
+	}
+	err := n.helper.close()
+	n.helper = nil
 	return err
 }
 

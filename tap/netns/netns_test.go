@@ -306,6 +306,31 @@ func TestCloseReapsHelper(t *testing.T) {
 	}
 }
 
+func TestRestEndsHelperUntilNextCall(t *testing.T) {
+	n, err := netns.OpenPID(taptest.NewNS(t, taptest.OwnerSelf).PID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	if err := n.Rest(); err != nil {
+		t.Errorf("rest without a helper: %v", err)
+	}
+	n.UseHelper()
+	if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	pid := n.HelperPID()
+	if err := n.Rest(); err != nil {
+		t.Error(err)
+	}
+	if err := unix.Kill(pid, 0); !errors.Is(err, unix.ESRCH) {
+		t.Errorf("the helper's PID after Rest: %v, want none", err)
+	}
+	if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil {
+		t.Errorf("call after Rest: %v", err)
+	}
+}
+
 func TestOpenRefuses(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "file")
