@@ -76,7 +76,7 @@ func TestExitFD(t *testing.T) {
 	}
 	defer ready.Close()
 	u := &usernet{lab.home.start(t, func(cmd *exec.Cmd) { cmd.ExtraFiles = []*os.File{readyW, r} },
-		binary, "--ready-fd", "3", "--exit-fd=4", strconv.Itoa(c.pid))}
+		append(append([]string{binary}, noSandbox()...), "--ready-fd", "3", "--exit-fd=4", strconv.Itoa(c.pid))...)}
 	readyW.Close()
 	r.Close()
 	// The whole of it is "1" and then the end of the file.

@@ -44,8 +44,8 @@ var layers = map[string]rule{
 
 	"stack":      {outside: []string{gvisor, xsys}, tests: []string{"tap/taptest", dns, xnet}},
 	"stack/dns":  {outside: []string{dns, xnet, xsys}},
-	"stack/dhcp": {outside: []string{dhcp, pcap}},
-	"stack/ra":   {outside: []string{pcap, xnet}},
+	"stack/dhcp": {outside: []string{dhcp, pcap}, tests: []string{xsys}},
+	"stack/ra":   {outside: []string{pcap, xnet}, tests: []string{xsys, "tap/taptest"}},
 
 	"forwarder":       {ours: []string{"stack", "forwarder/relay"}, outside: []string{xsys, xnet, xsync}, tests: []string{"tap/taptest"}},
 	"forwarder/relay": {ours: []string{"stack"}, outside: []string{xsys}}, // stack.Readiness
