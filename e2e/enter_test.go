@@ -124,14 +124,14 @@ func TestEnterErrors(t *testing.T) {
 		want []string // all of them
 		code int
 	}{
-		{"no such process", []string{"4194301"}, []string{"no", "process"}, 1},
+		{"no such process", []string{"4194301"}, []string{"no such process"}, 1},
 		{"no such path", []string{"/nonexistent/netns"}, []string{"/nonexistent/netns", "no such file"}, 1},
 		{"not a namespace", []string{"/dev/null"}, []string{"/dev/null", "not a", "name a network namespace"}, 1},
 		{"another namespace", []string{"/proc/" + pid + "/ns/user"}, []string{"not a network namespace"}, 1},
 		{"name too long", []string{pid, "sixteen-letters0"}, []string{"sixteen-letters0", "15"}, 2},
 		{"served already", []string{pid}, []string{"busy", "another usernet serves it"}, 1},
-		{"in use", []string{other, "theirs"}, []string{"theirs", "use"}, 1},
-		{"no TAP", []string{other, "veth9"}, []string{"veth9", "TAP"}, 1},
+		{"in use", []string{other, "theirs"}, []string{"theirs is busy", "choose another name"}, 1},
+		{"no TAP", []string{other, "veth9"}, []string{"veth9 is no TAP", "choose another name"}, 1},
 		{"no argument", nil, []string{"PID"}, 2},
 		{"unknown flag", []string{"--nonsense", pid}, []string{"--nonsense"}, 2},
 	} {
