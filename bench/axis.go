@@ -1,0 +1,261 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"net/netip"
+	"strings"
+	"time"
+)
+
+// A metric is one figure of an axis. The unit names it.
+type metric struct {
+	unit string
+	more bool // is better
+}
+
+var (
+	gbits     = metric{"Gbit/s", true}
+	cpuGiB    = metric{"cpu-s/GiB", false}
+	perSecond = metric{"op/s", true}
+	p50       = metric{"p50-µs", false}
+	p99       = metric{"p99-µs", false}
+	cpuOp     = metric{"cpu-µs/op", false}
+	lossPart  = metric{"loss-%", false}
+	idleMiB   = metric{"idle-MiB", false}
+	kibConn   = metric{"KiB/conn", false}
+	kibFlow   = metric{"KiB/flow", false}
+	readyMS   = metric{"ready-ms", false}
+)
+
+var allMetrics = []metric{gbits, cpuGiB, perSecond, p50, p99, cpuOp, lossPart, idleMiB, kibConn, kibFlow, readyMS}
+
+// An axis is something measured of a contender. NaN is a value that a contender does not have.
+type axis struct {
+	name, title string
+	route       route
+	everyMTU    bool // else the first MTU's figure serves
+	quick       bool
+	fresh       bool // each sample with a new instance; limits have none and are left out
+	metrics     []metric
+	measure     func(ctx context.Context, c *contender, d time.Duration) (map[string]float64, error)
+}
+
+const (
+	idleConns = 1000
+	idleFlows = 2000
+	// steadyRate is one that every peer can be expected to carry without loss, in datagrams a second.
+	steadyRate = 10000
+	// settle is how long a process is left alone before its memory is read.
+	settle = 300 * time.Millisecond
+)
+
+var axes = func() []*axis {
+	all := []*axis{
+		tcpAxis("tcp-out-1", outbound, 1, false, true),
+		tcpAxis("tcp-in-1", outbound, 1, true, true),
+		tcpAxis("tcp-out-8", outbound, 8, false, true),
+		tcpAxis("tcp-in-8", outbound, 8, true, true),
+		rrAxis("tcp-rr", outbound, true),
+		rrAxis("tcp-crr", outbound, true),
+		rrAxis("udp-rr", outbound, false),
+	}
+	for _, way := range []string{"out", "in"} {
+		for _, size := range []int{64, 1400} {
+			all = append(all, udpAxis("udp", way, size, 0))
+		}
+	}
+	for _, way := range []string{"out", "in"} {
+		for _, size := range []int{64, 1400} {
+			all = append(all, udpAxis("udp-steady", way, size, steadyRate))
+		}
+	}
+	for _, r := range []route{fromHost, fromAround} {
+		where := map[route]string{fromHost: "pub-lo-", fromAround: "pub-net-"}[r]
+		all = append(all,
+			tcpAxis(where+"in-1", r, 1, false, false),
+			tcpAxis(where+"in-8", r, 8, false, false),
+			tcpAxis(where+"out-1", r, 1, true, false),
+			rrAxis(where+"rr", r, false),
+			rrAxis(where+"crr", r, false))
+	}
+	return append(all,
+		&axis{name: "rss-tcp", title: fmt.Sprintf("memory idle, and more for each of %d idle TCP connections", idleConns), fresh: true, quick: true,
+			metrics: []metric{idleMiB, kibConn}, measure: measureMemory("tcp-hold", idleConns, kibConn)},
+		&axis{name: "rss-udp", title: fmt.Sprintf("memory for each of %d UDP flows", idleFlows), fresh: true, quick: true,
+			metrics: []metric{idleMiB, kibFlow}, measure: measureMemory("udp-hold", idleFlows, kibFlow)},
+		&axis{name: "startup", title: "from exec until it says that it is ready", fresh: true, quick: true,
+			metrics: []metric{readyMS}, measure: measureStartup},
+	)
+}()
+
+func axisNamed(name string) *axis {
+	for _, a := range axes {
+		if a.name == name {
+			return a
+		}
+	}
+	return nil
+}
+
+// published says in words what a route adds to a title.
+func (r route) String() string {
+	return map[route]string{outbound: "", fromHost: ", to a published port from the host's loopback", fromAround: ", to a published port from outside"}[r]
+}
+
+// tcpAxis is bulk data. reverse: the server sends.
+func tcpAxis(name string, r route, streams int, reverse, everyMTU bool) *axis {
+	// Seen from the container, out is what it sends.
+	way := "out"
+	if reverse == (r == outbound) {
+		way = "in"
+	}
+	return &axis{
+		name: name, title: fmt.Sprintf("TCP %s, %d streams%s", way, streams, r),
+		route: r, everyMTU: everyMTU, quick: everyMTU && streams == 1,
+		metrics: []metric{gbits, cpuGiB},
+		measure: func(ctx context.Context, c *contender, d time.Duration) (map[string]float64, error) {
+			var t transfer
+			cpu, err := spent(c, func() (err error) {
+				t, err = iperf(ctx, c, streams, reverse, d)
+				return err
+			})
+			if err != nil {
+				return nil, err
+			}
+			return map[string]float64{gbits.unit: t.bitsPerSecond() / 1e9, cpuGiB.unit: cpu / (t.Octets / (1 << 30))}, nil
+		},
+	}
+}
+
+// rrAxis is round trips; a name that ends in crr makes a connection for each, and one that begins with udp is UDP.
+func rrAxis(name string, r route, quick bool) *axis {
+	op, title := "tcp-rr", "TCP request and response, one octet each"
+	switch {
+	case strings.HasSuffix(name, "crr"):
+		op, title = "tcp-crr", "TCP connect, request, response, close"
+	case strings.HasPrefix(name, "udp"):
+		op, title = "udp-rr", "UDP request and response, one octet each"
+	}
+	return &axis{
+		name: name, title: title + r.String(), route: r, quick: quick,
+		metrics: []metric{perSecond, p50, p99, cpuOp},
+		measure: func(ctx context.Context, c *contender, d time.Duration) (map[string]float64, error) {
+			var rr rrResult
+			cpu, err := spent(c, func() error {
+				return c.client.do(ctx, op, rrParams{Addr: c.addr, Ports: echoPorts, Duration: d}, &rr)
+			})
+			if err != nil {
+				return nil, err
+			}
+			if rr.Failed*100 > rr.Count {
+				return nil, fmt.Errorf("%d of %d failed", rr.Failed, rr.Failed+rr.Count)
+			}
+			return map[string]float64{
+				perSecond.unit: float64(rr.Count) / rr.Seconds,
+				p50.unit:       float64(rr.P50.Nanoseconds()) / 1e3, p99.unit: float64(rr.P99.Nanoseconds()) / 1e3,
+				cpuOp.unit: cpu * 1e6 / float64(rr.Count),
+			}, nil
+		},
+	}
+}
+
+// udpAxis is a flood from one socket to another, at a rate or as fast as the sender can.
+func udpAxis(kind, way string, size, rate int) *axis {
+	title := fmt.Sprintf("UDP %s, %d octets, as fast as the sender can", way, size)
+	if rate > 0 {
+		title = fmt.Sprintf("UDP %s, %d octets, %d a second: what is lost", way, size, rate)
+	}
+	return &axis{
+		name: fmt.Sprintf("%s-%s-%d", kind, way, size), title: title, quick: rate == 0 && size == 1400,
+		metrics: []metric{perSecond, gbits, lossPart, cpuOp},
+		measure: func(ctx context.Context, c *contender, d time.Duration) (map[string]float64, error) {
+			base := floodParams{Run: rand.Uint64(), Size: size, Duration: d, Rate: rate}
+			inside, beyond := base, base
+			inside.To, beyond.Listen = netip.AddrPortFrom(c.addr, floodPort), floodPort
+			var s sent
+			var r received
+			cpu, err := spent(c, func() error {
+				// The one that listens begins.
+				first, second := c.server.start, c.client.start
+				firstOp, secondOp := "udp-recv", "udp-send"
+				var firstResult, secondResult any = &r, &s
+				if way == "in" {
+					firstOp, secondOp = secondOp, firstOp
+					firstResult, secondResult = secondResult, firstResult
+				}
+				one := first(firstOp, beyond)
+				if err := one.waitReady(ctx); err != nil {
+					return err
+				}
+				two := second(secondOp, inside)
+				return errors.Join(two.wait(ctx, secondResult), one.wait(ctx, firstResult))
+			})
+			if err != nil {
+				return nil, err
+			}
+			if r.Count < 2 || s.Count == 0 {
+				return nil, fmt.Errorf("%d datagrams sent, %d arrived", s.Count, r.Count)
+			}
+			// A peer that hands on in lumps may deliver all at once: then the sender's time says more.
+			seconds := max(r.Seconds, s.Seconds)
+			return map[string]float64{
+				perSecond.unit: float64(r.Count) / seconds,
+				gbits.unit:     float64(r.Octets) * 8 / seconds / 1e9,
+				lossPart.unit:  100 * max(0, 1-float64(r.Count)/float64(s.Count)),
+				cpuOp.unit:     cpu * 1e6 / float64(r.Count),
+			}, nil
+		},
+	}
+}
+
+// measureMemory reads a peer's memory before and while conversations are open.
+func measureMemory(op string, count int, per metric) func(context.Context, *contender, time.Duration) (map[string]float64, error) {
+	return func(ctx context.Context, c *contender, _ time.Duration) (map[string]float64, error) {
+		idle, err := rssAfter(ctx, c, settle)
+		if err != nil {
+			return nil, err
+		}
+		held := c.client.start(op, holdParams{To: netip.AddrPortFrom(c.addr, echoPorts[0]), Count: count})
+		if err := held.waitReady(ctx); err != nil {
+			return nil, err
+		}
+		loaded, err := rssAfter(ctx, c, settle)
+		if err := errors.Join(err, held.release(ctx)); err != nil {
+			return nil, err
+		}
+		return map[string]float64{idleMiB.unit: float64(idle) / (1 << 20), per.unit: float64(loaded-idle) / 1024 / float64(count)}, nil
+	}
+}
+
+func rssAfter(ctx context.Context, c *contender, d time.Duration) (int64, error) {
+	select {
+	case <-time.After(d):
+		return c.account.rss()
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+}
+
+func measureStartup(_ context.Context, c *contender, _ time.Duration) (map[string]float64, error) {
+	return map[string]float64{readyMS.unit: c.instance.ready.Seconds() * 1e3}, nil
+}
+
+// spent is the CPU seconds that the network process used for f; NaN of a limit.
+func spent(c *contender, f func() error) (float64, error) {
+	before, err := c.account.cpu()
+	if err != nil {
+		return 0, err
+	}
+	if err := f(); err != nil {
+		return 0, err
+	}
+	after, err := c.account.cpu()
+	if len(c.account.roots) == 0 {
+		return math.NaN(), err
+	}
+	return (after - before).Seconds(), err
+}

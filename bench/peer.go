@@ -1,0 +1,295 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const (
+	iperfPort = 5201
+	floodPort = 7100
+	// readyLimit bounds a peer's start.
+	readyLimit = 10 * time.Second
+)
+
+var echoPorts = []uint16{7001, 7002, 7003, 7004, 7005, 7006, 7007, 7008}
+
+// publishedPorts are TCP.
+var publishedPorts = append([]uint16{iperfPort}, echoPorts...)
+
+// A peer gives a container a network.
+type peer struct {
+	name    string
+	present func(l *lab) error // why it cannot be measured, or nil
+	version func(l *lab) string
+	// publishes tells whether it brings connections into the container, and plain whether it is measured otherwise.
+	publishes func(l *lab) bool
+	plain     bool
+	start     func(ctx context.Context, l *lab, mtu int, publish bool) (*instance, error)
+}
+
+// An instance is a peer that serves a container.
+type instance struct {
+	container *agent
+	account   account
+	ready     time.Duration // from its start until it said so
+	stop      func()
+}
+
+func always(*lab) bool { return true }
+
+var peers = []*peer{
+	{
+		name: "usernet",
+		present: func(l *lab) error {
+			if l.usernet == "" {
+				return errors.New("no binary (make build)")
+			}
+			return nil
+		},
+		version:   func(l *lab) string { return firstLine(l.usernet, "version") },
+		publishes: func(l *lab) bool { return strings.Contains(output(l.usernet, "--help"), "--publish") },
+		plain:     true,
+		start:     startUsernet,
+	},
+	{
+		name:      "slirp4netns",
+		present:   installed("slirp4netns", "slirp4netns"),
+		version:   func(*lab) string { return firstLine("slirp4netns", "--version") },
+		publishes: always,
+		plain:     true,
+		start:     startSlirp,
+	},
+	{
+		name:      "pasta",
+		present:   installed("pasta", "passt"),
+		version:   pastaVersion,
+		publishes: always,
+		plain:     true,
+		start:     startPasta,
+	},
+	{
+		name:    "rootlesskit",
+		present: rootlesskitPresent,
+		version: func(*lab) string {
+			return firstLine("rootlesskit", "--version") + " with slirp4netns and its builtin port driver"
+		},
+		publishes: always,
+		start:     startRootlesskit,
+	},
+}
+
+func installed(program, debian string) func(*lab) error {
+	return func(*lab) error {
+		if _, err := exec.LookPath(program); err != nil {
+			return fmt.Errorf("not installed (Debian's %s)", debian)
+		}
+		return nil
+	}
+}
+
+// output is what a program prints, or nothing.
+func output(args ...string) string {
+	ctx, cancel := context.WithTimeout(context.Background(), readyLimit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.WaitDelay = time.Second
+	out, _ := cmd.Output()
+	return string(out)
+}
+
+func firstLine(args ...string) string {
+	line, _, _ := strings.Cut(strings.TrimSpace(output(args...)), "\n")
+	return line
+}
+
+// pastaVersion asks the package manager, because Debian's pasta calls its own version unknown.
+func pastaVersion(*lab) string {
+	v := firstLine("pasta", "--version")
+	if strings.Contains(v, "unknown") {
+		if p := firstLine("dpkg-query", "--show", "--showformat=${Version}", "passt"); p != "" {
+			return "pasta " + p
+		}
+	}
+	return v
+}
+
+func startUsernet(ctx context.Context, l *lab, mtu int, publish bool) (*instance, error) {
+	args := []string{l.usernet, "--mtu", strconv.Itoa(mtu), "--log-level", "warn", "--ready-fd", "3"}
+	if publish {
+		for _, p := range publishedPorts {
+			args = append(args, "--publish", fmt.Sprintf("%d:%d", p, p))
+		}
+	}
+	return startDaemon(ctx, l, args, fdReady)
+}
+
+func startSlirp(ctx context.Context, l *lab, mtu int, publish bool) (*instance, error) {
+	args := []string{"slirp4netns", "--configure", "--mtu=" + strconv.Itoa(mtu), "--enable-ipv6", "--ready-fd=3"}
+	if !publish {
+		return startDaemon(ctx, l, args, fdReady, "tap0")
+	}
+	socket := filepath.Join(l.scratch, "home", "slirp.sock")
+	in, err := startDaemon(ctx, l, append(args, "--api-socket="+socket), fdReady, "tap0")
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range publishedPorts {
+		if err := slirpForward(socket, p); err != nil {
+			in.stop()
+			return nil, err
+		}
+	}
+	return in, nil
+}
+
+// slirpForward publishes a TCP port by slirp4netns's API: a connection for each request.
+func slirpForward(socket string, port uint16) error {
+	conn, err := net.DialTimeout("unix", socket, giveUp)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(giveUp)); err != nil {
+		return err
+	}
+	request := map[string]any{"execute": "add_hostfwd", "arguments": map[string]any{
+		"proto": "tcp", "host_addr": "0.0.0.0", "host_port": port, "guest_port": port}}
+	if err := json.NewEncoder(conn).Encode(request); err != nil {
+		return err
+	}
+	answer, err := io.ReadAll(io.LimitReader(conn, 4096))
+	if err == nil && !strings.Contains(string(answer), `"return"`) {
+		err = fmt.Errorf("publish port %d: %s", port, answer)
+	}
+	return err
+}
+
+func startPasta(ctx context.Context, l *lab, mtu int, publish bool) (*instance, error) {
+	ports := "none"
+	if publish {
+		var list []string
+		for _, p := range publishedPorts {
+			list = append(list, strconv.Itoa(int(p)))
+		}
+		ports = strings.Join(list, ",")
+	}
+	pidFile := filepath.Join(l.scratch, "home", "pasta.pid")
+	if err := os.Remove(pidFile); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	args := []string{"pasta", "--foreground", "--quiet", "--config-net", "--mtu", strconv.Itoa(mtu),
+		"-t", ports, "-u", "none", "-T", "none", "-U", "none", "--pid", pidFile}
+	// It writes the file when it is set up.
+	return startDaemon(ctx, l, args, func(_ *os.File, ended <-chan struct{}) error {
+		for end := time.Now().Add(readyLimit); time.Now().Before(end); {
+			if text, err := os.ReadFile(pidFile); err == nil && len(text) > 0 {
+				return nil
+			}
+			select {
+			case <-ended:
+				return errors.New("it ended")
+			case <-time.After(200 * time.Microsecond):
+			}
+		}
+		return errors.New("its PID file did not appear")
+	})
+}
+
+// fdReady waits for an octet.
+func fdReady(r *os.File, _ <-chan struct{}) error {
+	if err := r.SetReadDeadline(time.Now().Add(readyLimit)); err != nil {
+		return err
+	}
+	if n, err := r.Read(make([]byte, 1)); n != 1 {
+		return fmt.Errorf("it did not get ready: %w", err)
+	}
+	return nil
+}
+
+// startDaemon starts a container, and args PID more... to serve it, whose descriptor 3 is the other end of what ready gets.
+func startDaemon(ctx context.Context, l *lab, args []string, ready func(*os.File, <-chan struct{}) error, more ...string) (_ *instance, err error) {
+	container, err := l.newContainer(ctx, filepath.Base(args[0])+"'s container")
+	if err != nil {
+		return nil, err
+	}
+	in := &instance{container: container}
+	r, w, err := os.Pipe()
+	if err != nil {
+		container.close()
+		return nil, err
+	}
+	defer r.Close()
+	cmd := l.homeCommand(slices.Concat(args, []string{strconv.Itoa(container.pid)}, more)...)
+	cmd.ExtraFiles = []*os.File{w}
+	var said tail
+	cmd.Stdout, cmd.Stderr = &said, &said
+	cmd.WaitDelay = time.Second
+	begin := time.Now()
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		container.close()
+		return nil, err
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		cmd.Wait() // its status says nothing: we end it by a signal
+	}()
+	in.account = account{roots: []int{cmd.Process.Pid}}
+	in.stop = func() {
+		cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-ended:
+		case <-time.After(giveUp):
+			cmd.Process.Kill()
+			<-ended
+		}
+		container.close()
+	}
+	if err := ready(r, ended); err != nil {
+		in.stop()
+		return nil, fmt.Errorf("%w: %s", err, said.String())
+	}
+	in.ready = time.Since(begin)
+	if err := prepareContainer(ctx, l, container); err != nil {
+		in.stop()
+		return nil, fmt.Errorf("%w: %s", err, said.String())
+	}
+	return in, nil
+}
+
+// prepareContainer sets what all contenders have alike, and waits until the container reaches outside.
+func prepareContainer(ctx context.Context, l *lab, container *agent) error {
+	set := map[string]string{"ipv4/ip_local_port_range": portRange, "ipv4/tcp_congestion_control": l.cc}
+	if err := container.do(ctx, "sysctl", sysctlParams{Set: set}, nil); err != nil {
+		return err
+	}
+	to := netip.MustParseAddr(outsideAddr)
+	var err error
+	for end := time.Now().Add(readyLimit); time.Now().Before(end) && ctx.Err() == nil; time.Sleep(20 * time.Millisecond) {
+		if err = container.do(ctx, "tcp-rr", rrParams{Addr: to, Ports: echoPorts, Duration: time.Millisecond}, nil); err == nil {
+			return nil
+		}
+	}
+	return fmt.Errorf("outside is not reached: %w", errors.Join(err, ctx.Err()))
+}
+
+// startEcho begins the echo service of an agent, which lasts as long as the agent.
+func startEcho(ctx context.Context, a *agent) error {
+	return a.start("echo", echoParams{TCP: echoPorts, UDP: echoPorts[:1]}).waitReady(ctx)
+}

@@ -1,0 +1,108 @@
+package main
+
+import (
+	"fmt"
+	"math"
+	"path/filepath"
+
+	"gonum.org/v1/plot"
+	"gonum.org/v1/plot/plotter"
+	"gonum.org/v1/plot/plotutil"
+	"gonum.org/v1/plot/vg"
+)
+
+// A chart is bars: a group for each axis, a bar for each contender.
+type chart struct {
+	file, title string
+	metric      metric
+	mtu         int // 0: the first
+	axes        []string
+}
+
+func (r *report) charts() []chart {
+	var cs []chart
+	bulk := []string{"tcp-out-1", "tcp-in-1", "tcp-out-8", "tcp-in-8"}
+	for _, mtu := range r.MTUs {
+		cs = append(cs,
+			chart{fmt.Sprintf("tcp-%d", mtu), fmt.Sprintf("TCP at MTU %d", mtu), gbits, mtu, bulk},
+			chart{fmt.Sprintf("tcp-cpu-%d", mtu), fmt.Sprintf("CPU of the network process at MTU %d", mtu), cpuGiB, mtu, bulk})
+	}
+	trips := []string{"tcp-rr", "tcp-crr", "udp-rr"}
+	floods := []string{"udp-out-64", "udp-out-1400", "udp-in-64", "udp-in-1400"}
+	steady := []string{"udp-steady-out-64", "udp-steady-out-1400", "udp-steady-in-64", "udp-steady-in-1400"}
+	return append(cs,
+		chart{"roundtrips", "Round trips and connections", perSecond, 0, trips},
+		chart{"latency-p50", "Latency, median", p50, 0, trips},
+		chart{"latency-p99", "Latency, 99th percentile", p99, 0, trips},
+		chart{"udp", "UDP datagrams that arrive", perSecond, 0, floods},
+		chart{"udp-cpu", "CPU of the network process for a datagram", cpuOp, 0, floods},
+		chart{"udp-steady", fmt.Sprintf("UDP loss at %d a second", steadyRate), lossPart, 0, steady},
+		chart{"published", "Published ports", gbits, 0, []string{"pub-lo-in-1", "pub-lo-in-8", "pub-lo-out-1", "pub-net-in-1", "pub-net-in-8", "pub-net-out-1"}},
+		chart{"published-roundtrips", "Published ports: round trips and connections", perSecond, 0, []string{"pub-lo-rr", "pub-lo-crr", "pub-net-rr", "pub-net-crr"}},
+		chart{"memory", "Memory when idle", idleMiB, 0, []string{"rss-tcp"}},
+		chart{"memory-conn", "Memory of an idle TCP connection", kibConn, 0, []string{"rss-tcp"}},
+		chart{"memory-flow", "Memory of a UDP flow", kibFlow, 0, []string{"rss-udp"}},
+		chart{"startup", "From exec to ready", readyMS, 0, []string{"startup"}})
+}
+
+// plots writes an SVG for each chart that there is something to draw in.
+func (r *report) plots(dir string) error {
+	for _, c := range r.charts() {
+		if err := c.draw(r, filepath.Join(dir, c.file+".svg")); err != nil {
+			return fmt.Errorf("draw %s: %w", c.file, err)
+		}
+	}
+	return nil
+}
+
+func (c chart) draw(r *report, file string) error {
+	var labels []string
+	for _, a := range c.axes {
+		for _, name := range contenderNames() {
+			if !math.IsNaN(r.median(a, c.mtu, name, c.metric)) {
+				labels = append(labels, a)
+				break
+			}
+		}
+	}
+	if len(labels) == 0 {
+		return nil
+	}
+	var names []string
+	var bars []plotter.Values
+	for _, name := range contenderNames() {
+		values, any := make(plotter.Values, len(labels)), false
+		for i, a := range labels {
+			if v := r.median(a, c.mtu, name, c.metric); !math.IsNaN(v) {
+				values[i], any = v, true
+			}
+		}
+		if any {
+			names, bars = append(names, name), append(bars, values)
+		}
+	}
+	p := plot.New()
+	p.Title.Text, p.Y.Label.Text = c.title, c.metric.unit
+	p.Legend.Top = true
+	width := vg.Points(14)
+	for i, values := range bars {
+		bar, err := plotter.NewBarChart(values, width)
+		if err != nil {
+			return err
+		}
+		bar.LineStyle.Width = 0
+		bar.Color = plotutil.Color(i)
+		bar.Offset = width * vg.Length(float64(i)-float64(len(bars)-1)/2)
+		p.Add(bar)
+		p.Legend.Add(names[i], bar)
+	}
+	p.Add(plotter.NewGrid())
+	p.NominalX(labels...)
+	p.Y.Min = 0
+	p.Y.Max *= 1.25 // the legend's room
+	if p.Y.Max == 0 {
+		p.Y.Max = 1 // nothing was lost by anybody
+	}
+	size := vg.Length(len(labels)) * (width*vg.Length(len(bars)) + vg.Points(40))
+	return p.Save(max(size+vg.Points(60), vg.Points(300)), vg.Points(260), file)
+}
