@@ -3,8 +3,10 @@ package main
 import (
 	"fmt"
 	"os"
+	"os/signal"
 	"runtime"
 	"runtime/pprof"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -25,6 +27,8 @@ func TestMain(m *testing.M) {
 	if role := roles[os.Getenv(roleVariable)]; role != nil {
 		os.Exit(role())
 	}
+	// os/signal's goroutine stays once it has begun, and a run of fuzzing begins it.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGWINCH)
 	files, goroutines := openFiles(), runtime.NumGoroutine()
 	code := m.Run()
 	if code == 0 && !settles(func() bool { return openFiles() <= files && runtime.NumGoroutine() <= goroutines }) {
