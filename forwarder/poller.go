@@ -3,10 +3,11 @@ package forwarder
 import (
 	"context"
 	"fmt"
-	"os"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"usernet/forwarder/relay"
 
 	"golang.org/x/sys/unix"
 )
@@ -17,7 +18,7 @@ import (
 // the kernel's list of ready files, so that the flows take turns without any bookkeeping
 // of ours, and nobody reads a socket once more only to be told that it is empty.
 type poller struct {
-	fd, wakeFD int
+	epoll *relay.Epoll
 
 	mu     sync.RWMutex
 	closed bool
@@ -30,30 +31,11 @@ type poller struct {
 
 // newPoller opens what it needs; close it.
 func newPoller() (*poller, error) {
-	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	epoll, err := relay.NewEpoll()
 	if err != nil {
-		return nil, os.NewSyscallError("epoll_create1", err)
-	}
-	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
-		unix.Close(fd)
-		return nil, os.NewSyscallError("eventfd", err)
-	}
-	p := &poller{fd: fd, wakeFD: wake, flows: make(map[uint64]*flow)}
-	if err := p.ctl(unix.EPOLL_CTL_ADD, wake, 0); err != nil {
-		p.close()
 		return nil, err
 	}
-	return p, nil
-}
-
-// ctl adds or changes the interest in fd, whose events carry id.
-func (p *poller) ctl(op, fd int, id uint64) error {
-	e := unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(uint32(id)), Pad: int32(uint32(id >> 32))}
-	if err := unix.EpollCtl(p.fd, op, fd, &e); err != nil {
-		return fmt.Errorf("watch socket: %w", os.NewSyscallError("epoll_ctl", err))
-	}
-	return nil
+	return &poller{epoll: epoll, flows: make(map[uint64]*flow)}, nil
 }
 
 // add watches fl's socket until remove.
@@ -75,8 +57,8 @@ func (p *poller) addFD(fl *flow) error {
 	}
 	p.last++
 	fl.id = p.last
-	if err := p.ctl(unix.EPOLL_CTL_ADD, fl.fd, fl.id); err != nil {
-		return err
+	if err := p.epoll.Add(fl.fd, fl.id, unix.EPOLLIN); err != nil {
+		return fmt.Errorf("watch socket: %w", err)
 	}
 	p.flows[fl.id] = fl
 	return nil
@@ -93,58 +75,59 @@ func (p *poller) remove(fl *flow) {
 func (p *poller) wake() {
 	p.mu.RLock()
 	defer p.mu.RUnlock()
-	if p.closed {
-		return
+	if !p.closed {
+		p.epoll.SetDeadline(time.Unix(1, 0))
 	}
-	one := [8]byte{1}
-	_, _ = unix.Write(p.wakeFD, one[:]) // EAGAIN: it is awake enough
 }
 
 // run calls ready for each flow that has something, with a reference held, and tick about once a second
 // while there are flows and whenever wake was called. It returns when ctx has ended.
 func (p *poller) run(ctx context.Context, ready func(*flow, uint32), tick func()) error {
-	stop := context.AfterFunc(ctx, p.wake)
-	defer stop()
-	const step = int(time.Second / time.Millisecond)
-	lastTick := time.Now()
-	for ctx.Err() == nil {
-		timeout := step
-		p.asleep.Store(true)
-		if p.len() == 0 {
-			timeout = -1
-		} else {
-			p.asleep.Store(false)
+	woken := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		p.wake()
+		close(woken)
+	})
+	defer func() {
+		if !stop() {
+			<-woken
 		}
-		n, err := unix.EpollWait(p.fd, p.events[:], timeout)
-		p.asleep.Store(false)
-		if err == unix.EINTR {
-			continue
-		} else if err != nil {
-			return os.NewSyscallError("epoll_wait", err)
+	}()
+	for p.sleep(); ctx.Err() == nil; {
+		n, err := p.epoll.Wait(p.events[:])
+		if err != nil {
+			return err
 		}
-		woken := false
-		for _, e := range p.events[:n] {
-			id := uint64(uint32(e.Fd)) | uint64(uint32(e.Pad))<<32
-			if id == 0 {
-				var b [8]byte
-				_, _ = unix.Read(p.wakeFD, b[:])
-				woken = true
-				continue
-			}
+		for i := range p.events[:n] {
+			e := &p.events[i]
 			p.mu.RLock()
-			fl := p.flows[id]
+			fl := p.flows[relay.EventID(e)]
 			p.mu.RUnlock()
 			if fl != nil && fl.acquire() {
 				ready(fl, e.Events)
 				fl.release()
 			}
 		}
-		if woken || time.Since(lastTick) >= time.Second {
-			lastTick = time.Now()
+		if n == 0 { // the deadline: a second is over, or wake was called
 			tick()
+			p.sleep()
 		}
 	}
 	return nil
+}
+
+// sleep sets when run has to tick next: in a second, or not before there is a flow.
+func (p *poller) sleep() {
+	p.asleep.Store(true)
+	if p.len() == 0 {
+		p.epoll.SetDeadline(time.Time{})
+		if p.len() == 0 {
+			return
+		}
+		// One was added meanwhile, by somebody who may have seen us awake.
+	}
+	p.asleep.Store(false)
+	p.epoll.SetDeadline(time.Now().Add(time.Second))
 }
 
 func (p *poller) len() int {
@@ -156,7 +139,9 @@ func (p *poller) len() int {
 func (p *poller) close() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.closed {
+		return
+	}
 	p.closed = true
-	unix.Close(p.wakeFD)
-	unix.Close(p.fd)
+	_ = p.epoll.Close()
 }

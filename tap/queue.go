@@ -1,13 +1,13 @@
 package tap
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -27,28 +27,34 @@ const maxVec = 1024
 // A Queue is one queue of a TAP: a stack.Device. Every frame goes in one system call,
 // without copies of ours.
 //
-// Read and Write use raw system calls, which never block here. Wait is a ppoll on the queue and an
-// eventfd instead of Go's netpoller. That is edge-triggered, and an edge between the Read that found nothing
-// and the Wait would be lost unless a poll looked once more: two system calls and two hand-overs
-// where ppoll takes one of each. A datagram up and one down took 7 µs so and 13 µs by the netpoller, at best, on
-// two busy cores (BenchmarkWait).
+// Read and Write use raw system calls, which never block here. Wait is Go's poller, so that whoever waits is
+// a parked goroutine: a thread in ppoll keeps the scheduler's processor until sysmon takes it away. The
+// poller is edge-triggered, and an edge between the Read that found nothing and the Wait would be lost
+// unless Wait looked once more.
 type Queue struct {
 	fd       int
 	header   bool // the kernel reads and writes the header; else we make and drop it
 	offloads uint32
-	stop     int // eventfd, readable once closed
+	file     *os.File // owns fd
+	raw      syscall.RawConn
 	gate     gate
 
-	polls [2]unix.PollFd // Wait's: one goroutine waits
+	waits   func(uintptr) bool // Wait's, made once
+	polls   [1]unix.PollFd     // Wait's: one goroutine waits
+	pollErr error
 }
 
 func newQueue(fd int, header bool, offloads uint32) (*Queue, error) {
-	stop, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
+	if err := unix.SetNonblock(fd, true); err != nil { // os.NewFile hands only such to Go's poller
 		unix.Close(fd)
-		return nil, fmt.Errorf("eventfd: %w", err)
+		return nil, fmt.Errorf("set non-blocking: %w", err)
 	}
-	q := &Queue{fd: fd, header: header, offloads: offloads, stop: stop}
+	q := &Queue{fd: fd, header: header, offloads: offloads, file: os.NewFile(uintptr(fd), "tap")}
+	q.waits = q.readable
+	var err error
+	if q.raw, err = q.file.SyscallConn(); err != nil {
+		return nil, errors.Join(err, q.file.Close())
+	}
 	q.gate.empty = make(chan struct{})
 	return q, nil
 }
@@ -124,21 +130,34 @@ func (q *Queue) Wait() error {
 		return os.ErrClosed
 	}
 	defer q.gate.leave()
-	q.polls = [2]unix.PollFd{{Fd: int32(q.fd), Events: unix.POLLIN}, {Fd: int32(q.stop), Events: unix.POLLIN}}
-	for {
-		_, err := unix.Ppoll(q.polls[:], nil, nil)
-		switch {
-		case errors.Is(err, unix.EINTR):
-			continue
-		case err != nil:
-			return fmt.Errorf("wait for frames: %w", err)
-		case q.polls[1].Revents != 0:
-			return os.ErrClosed
-		case q.polls[0].Revents&unix.POLLIN == 0:
-			return fmt.Errorf("the TAP was deleted: %w", unix.ENODEV)
-		}
-		return nil
+	q.pollErr = nil
+	err := q.raw.Read(q.waits)
+	switch {
+	case q.pollErr != nil:
+		return q.pollErr
+	case errors.Is(err, os.ErrDeadlineExceeded): // Close
+		return os.ErrClosed
+	case err != nil:
+		return fmt.Errorf("wait for frames: %w", err)
 	}
+	return nil
+}
+
+// readable tells whether there is a frame, or no sense in waiting for one.
+func (q *Queue) readable(uintptr) bool {
+	q.polls[0] = unix.PollFd{Fd: int32(q.fd), Events: unix.POLLIN}
+	n, err := unix.Ppoll(q.polls[:], &unix.Timespec{}, nil)
+	switch {
+	case errors.Is(err, unix.EINTR):
+		return true // Read will tell
+	case err != nil:
+		q.pollErr = fmt.Errorf("wait for frames: %w", err)
+	case n == 0:
+		return false
+	case q.polls[0].Revents&unix.POLLIN == 0:
+		q.pollErr = fmt.Errorf("the TAP was deleted: %w", unix.ENODEV)
+	}
+	return true
 }
 
 // Offloads is stack.Device's.
@@ -149,11 +168,9 @@ func (q *Queue) Close() error {
 	if !q.gate.close() {
 		return nil
 	}
-	var one [8]byte
-	binary.NativeEndian.PutUint64(one[:], 1)
-	_, err := unix.Write(q.stop, one[:])
+	err := q.file.SetReadDeadline(time.Unix(1, 0)) // ends Wait
 	<-q.gate.empty
-	return errors.Join(err, unix.Close(q.fd), unix.Close(q.stop))
+	return errors.Join(err, q.file.Close())
 }
 
 // A gate counts who is inside, so that descriptors are closed when nobody is: a number that

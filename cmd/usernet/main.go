@@ -32,7 +32,18 @@ func main() {
 	case isGuard(os.Args):
 		os.Exit(guardMain())
 	}
+	setProcs()
 	os.Exit(usernet(os.Args[1:]))
+}
+
+// setProcs takes a quarter of the machine's cores, at least one and at most four, unless GOMAXPROCS says
+// otherwise. A packet passes three or four goroutines, which hand it over on one thread where there is one
+// processor for them; with more, each hand-over wakes another thread, which costs more than the work that
+// it does: docs/performance.md has the figures. The container and what it talks to need the other cores.
+func setProcs() {
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(min(max(runtime.NumCPU()/4, 1), 4))
+	}
 }
 
 // usernet does what argv says and returns the exit status.

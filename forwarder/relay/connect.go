@@ -60,7 +60,7 @@ func (w *worker) await(ctx context.Context, fd int) error {
 		w.nextID++
 		id := w.nextID
 		w.dials[id] = ready
-		err := w.watch(fd, id, unix.EPOLLOUT)
+		err := w.watchLocked(fd, id, unix.EPOLLOUT)
 		if err != nil {
 			delete(w.dials, id)
 		}
@@ -76,7 +76,7 @@ func (w *worker) await(ctx context.Context, fd int) error {
 		delete(w.dials, id)
 		stopped := w.stopped
 		if !stopped {
-			_ = unix.EpollCtl(w.epfd, unix.EPOLL_CTL_DEL, fd, nil)
+			w.epoll.Remove(fd)
 		}
 		w.mu.Unlock()
 		switch done, err := connected(fd); {

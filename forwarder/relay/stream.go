@@ -92,7 +92,7 @@ func (s *stream) pump() {
 	case s.outDone && s.inDone:
 		s.finish(nil)
 	case moreOut || moreIn:
-		s.w.enqueue(s)
+		s.w.enqueue(s) // behind the others
 	}
 }
 

@@ -2,10 +2,8 @@ package relay
 
 import (
 	"context"
-	"errors"
-	"os"
 	"sync"
-	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -15,26 +13,25 @@ const maxEvents = 128
 
 // worker serves the streams that were given to it, one at a time.
 //
-//	host's sockets ── epoll ──┐
-//	                          ├── queue ── pump ── …
-//	container's ends ─ wake ──┘
+//	host's sockets ── epoll ── watch ── mark ──┐
+//	                                           ├── queue ── pump ── …
+//	container's ends ───── onReady ── serve ───┘
 //
-// The epoll descriptor is itself watched by Go's poller, so that a worker without work is a
-// parked goroutine and not a thread in a system call that the scheduler has to get back.
+// Two goroutines pump: watch, which has an event of the host's at hand already, and serve, which is woken for
+// what happens at a container's end, under whose locks nothing may be pumped. pumping keeps them apart.
 type worker struct {
-	loop *Loop
-	file *os.File // the epoll descriptor, as Go's poller knows it
-	raw  syscall.RawConn
-	epfd int
-	wake int // an eventfd in the epoll set
+	loop   *Loop
+	epoll  *Epoll
+	events [maxEvents]unix.EpollEvent
 
-	events  [maxEvents]unix.EpollEvent
+	pumping sync.Mutex // held while a stream is pumped; guards the following
 	iov     []unix.Iovec
-	cur     *stream // being pumped
-	hostErr error   // what the host's socket said during cur's Drain or Fill
+	cur     *stream                     // being pumped
+	hostErr error                       // what the host's socket said during cur's Drain or Fill
+	write   func([][]byte) (int, error) // cur's writeHost and readHost, made once
+	read    func([]byte) (int, error)
 
-	write func([][]byte) (int, error) // cur's writeHost and readHost, made once
-	read  func([]byte) (int, error)
+	wake chan struct{} // tells serve that the queue is not empty
 
 	mu      sync.Mutex
 	queue   []*stream
@@ -42,31 +39,21 @@ type worker struct {
 	streams map[uint64]*stream
 	dials   map[uint64]chan struct{} // see Connect
 	nextID  uint64
-	asleep  bool
-	stopped bool // no further stream or dial
+	asleep  bool // serve waits for wake
+	stopped bool
 	closed  bool
 }
 
-const wakeID = 0 // in an event: not a stream
-
 func newWorker(l *Loop) (*worker, error) {
-	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	epoll, err := NewEpoll()
 	if err != nil {
-		return nil, os.NewSyscallError("epoll_create1", err)
-	}
-	_ = unix.SetNonblock(epfd, true) // os.NewFile hands only such to Go's poller
-	w := &worker{loop: l, epfd: epfd, file: os.NewFile(uintptr(epfd), "epoll"), streams: make(map[uint64]*stream), dials: make(map[uint64]chan struct{})}
-	w.write, w.read = w.writeHost, w.readHost
-	if w.raw, err = w.file.SyscallConn(); err != nil {
-		return nil, errors.Join(err, w.file.Close())
-	}
-	if w.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
-		return nil, errors.Join(os.NewSyscallError("eventfd", err), w.file.Close())
-	}
-	if err := w.watch(w.wake, wakeID, unix.EPOLLIN); err != nil {
-		w.close()
 		return nil, err
 	}
+	w := &worker{
+		loop: l, epoll: epoll, wake: make(chan struct{}, 1),
+		streams: make(map[uint64]*stream), dials: make(map[uint64]chan struct{}),
+	}
+	w.write, w.read = w.writeHost, w.readHost
 	return w, nil
 }
 
@@ -77,13 +64,11 @@ func (w *worker) close() {
 		return
 	}
 	w.stopped, w.closed = true, true
-	_ = w.file.Close()
-	_ = unix.Close(w.wake)
+	_ = w.epoll.Close()
 }
 
-func (w *worker) watch(fd int, id uint64, mask uint32) error {
-	ev := unix.EpollEvent{Events: mask | unix.EPOLLET&0xffffffff, Fd: int32(id), Pad: int32(id >> 32)}
-	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(w.epfd, unix.EPOLL_CTL_ADD, fd, &ev))
+func (w *worker) watchLocked(fd int, id uint64, mask uint32) error {
+	return w.epoll.Add(fd, id, mask|unix.EPOLLET&0xffffffff)
 }
 
 // add begins to watch s's socket.
@@ -98,7 +83,7 @@ func (w *worker) add(s *stream) error {
 	}
 	w.nextID++
 	s.id = w.nextID
-	if err := w.watch(s.fd, s.id, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP); err != nil {
+	if err := w.watchLocked(s.fd, s.id, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP); err != nil {
 		return err
 	}
 	w.streams[s.id] = s
@@ -123,29 +108,23 @@ func (w *worker) enqueue(s *stream) {
 	w.asleep = false
 	w.mu.Unlock()
 	if wake {
-		w.kick()
+		w.wake <- struct{}{} // has room: asleep was true once since serve took the last one
 	}
-}
-
-// kick makes the epoll descriptor readable. The counter is never read: every write is an edge.
-func (w *worker) kick() {
-	one := [8]byte{1}
-	_, _ = unix.Write(w.wake, one[:])
 }
 
 // run pumps until ctx ends, then aborts all streams.
 func (w *worker) run(ctx context.Context) error {
-	kicked := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		w.kick()
-		close(kicked)
-	})
-	defer func() {
-		if !stop() {
-			<-kicked // the eventfd must not be closed under it
-		}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { w.epoll.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	watched := make(chan error, 1)
+	go func() {
+		defer cancel()
+		watched <- w.watch(ctx)
 	}()
-	err := w.serve(ctx)
+	w.serve(ctx)
+	err := <-watched
 	w.mu.Lock()
 	w.stopped = true
 	for id, d := range w.dials {
@@ -163,70 +142,61 @@ func (w *worker) run(ctx context.Context) error {
 	return err
 }
 
-func (w *worker) serve(ctx context.Context) error {
+// watch pumps for the host's events.
+func (w *worker) watch(ctx context.Context) error {
 	for ctx.Err() == nil {
-		n, err := w.poll()
+		n, err := w.epoll.Wait(w.events[:])
 		if err != nil {
 			return err
 		}
+		w.pumping.Lock()
 		w.mark(n)
-		for _, s := range w.take() {
-			w.cur = s
-			s.pump()
-		}
-		w.cur = nil
+		w.pump()
+		w.pumping.Unlock()
 	}
 	return nil
 }
 
-// take empties the queue. The slice is valid until the next call.
-func (w *worker) take() []*stream {
+// serve pumps for the container's ends.
+func (w *worker) serve(ctx context.Context) {
+	for {
+		w.pumping.Lock()
+		w.pump()
+		w.pumping.Unlock()
+		w.mu.Lock()
+		w.asleep = len(w.queue) == 0
+		asleep := w.asleep
+		w.mu.Unlock()
+		if !asleep {
+			continue
+		}
+		select {
+		case <-w.wake:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// pump pumps what was queued when it was called; pumping is held.
+func (w *worker) pump() {
 	w.mu.Lock()
-	defer w.mu.Unlock()
 	batch := w.queue
 	clear(w.spare[:cap(w.spare)])
 	w.queue, w.spare = w.spare[:0], batch
-	return batch
-}
-
-// poll returns the number of events in w.events. It blocks if there are none and nothing is queued.
-func (w *worker) poll() (int, error) {
-	w.mu.Lock()
-	block := len(w.queue) == 0
-	w.asleep = block
 	w.mu.Unlock()
-	if !block {
-		return w.wait()
+	for _, s := range batch {
+		w.cur = s
+		s.pump()
 	}
-	var n int
-	var err error
-	rerr := w.raw.Read(func(uintptr) bool {
-		n, err = w.wait()
-		return n != 0 || err != nil
-	})
-	w.mu.Lock()
-	w.asleep = false
-	w.mu.Unlock()
-	if err == nil {
-		err = rerr
-	}
-	return n, err
-}
-
-func (w *worker) wait() (int, error) {
-	for {
-		n, err := unix.EpollWait(w.epfd, w.events[:], 0)
-		if err != unix.EINTR {
-			return n, os.NewSyscallError("epoll_wait", err)
-		}
-	}
+	w.cur = nil
 }
 
 // mark notes what n events say on their streams and queues these.
 func (w *worker) mark(n int) {
 	for i := range w.events[:n] {
 		ev := &w.events[i]
-		id := uint64(uint32(ev.Fd)) | uint64(uint32(ev.Pad))<<32
+		id := EventID(ev)
 		w.mu.Lock()
 		s := w.streams[id]
 		if d := w.dials[id]; d != nil {
@@ -235,9 +205,19 @@ func (w *worker) mark(n int) {
 		}
 		w.mu.Unlock()
 		if s == nil {
-			continue // wakeID, or a stream that ended meanwhile
+			continue // a dial, or a stream that ended meanwhile
 		}
 		s.hostEvents |= ev.Events
-		w.enqueue(s)
+		w.enqueueHere(s)
 	}
+}
+
+// enqueueHere is enqueue by whoever will pump right away.
+func (w *worker) enqueueHere(s *stream) {
+	if s.queued.Swap(true) {
+		return
+	}
+	w.mu.Lock()
+	w.queue = append(w.queue, s)
+	w.mu.Unlock()
 }
