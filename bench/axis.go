@@ -144,9 +144,13 @@ func rrAxis(name string, r route, quick bool) *axis {
 		name: name, title: title + r.String(), route: r, quick: quick,
 		metrics: []metric{perSecond, p50, p99, cpuOp},
 		measure: func(ctx context.Context, c *contender, d time.Duration) (map[string]float64, error) {
+			var ports []uint16
+			for _, p := range echoPorts {
+				ports = append(ports, c.port(p))
+			}
 			var rr rrResult
 			cpu, err := spent(c, func() error {
-				return c.client.do(ctx, op, rrParams{Addr: c.addr, Ports: echoPorts, Duration: d}, &rr)
+				return c.client.do(ctx, op, rrParams{Addr: c.addr, Ports: ports, Duration: d}, &rr)
 			})
 			if err != nil {
 				return nil, err

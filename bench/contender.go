@@ -9,7 +9,8 @@ import (
 type contender struct {
 	name           string
 	client, server *agent
-	addr           netip.Addr // at which client reaches server
+	addr           netip.Addr // at which client reaches server,
+	shift          uint16     // by ports that are so much higher
 	account        account
 	instance       *instance // nil of a limit
 }
@@ -61,9 +62,15 @@ func (l *lab) limit(name string, r route) *contender {
 	}
 }
 
+// port is the one by which client reaches a port of server.
+func (c *contender) port(p uint16) uint16 { return p + c.shift }
+
 // contender is a peer's turn.
-func (in *instance) contender(l *lab, name string, r route) *contender {
-	c := &contender{name: name, account: in.account, instance: in}
+func (in *instance) contender(l *lab, p *peer, r route) *contender {
+	c := &contender{name: p.name, account: in.account, instance: in}
+	if r != outbound {
+		c.shift = p.shift
+	}
 	switch r {
 	case outbound:
 		c.client, c.server, c.addr = in.container, l.outside, outsideIP

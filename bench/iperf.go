@@ -108,7 +108,7 @@ func iperf(ctx context.Context, c *contender, streams int, reverse bool, d time.
 	if err := server.waitReady(ctx); err != nil {
 		return transfer{}, err
 	}
-	args := []string{"iperf3", "--client", c.addr.String(), "--port", fmt.Sprint(iperfPort), "--json",
+	args := []string{"iperf3", "--client", c.addr.String(), "--port", fmt.Sprint(c.port(iperfPort)), "--json",
 		"--parallel", fmt.Sprint(streams), "--connect-timeout", "3000"}
 	if reverse {
 		args = append(args, "--reverse")

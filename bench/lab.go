@@ -25,8 +25,8 @@ const (
 	homeName = "usernet-bench"
 
 	containArg = "contain" // bench as what makes a container: not for people
-	// portRange leaves short connections enough source ports for the samples of a minute.
-	portRange = "1024 65535"
+	// portRange leaves short connections enough source ports for the samples of a minute, and the servers' ports alone.
+	portRange = "16384 65535"
 )
 
 // A lab is the namespaces, and the agents in host and outside.

@@ -38,7 +38,23 @@ type peer struct {
 	// publishes tells whether it brings connections into the container, and plain whether it is measured otherwise.
 	publishes func(l *lab) bool
 	plain     bool
-	start     func(ctx context.Context, l *lab, mtu int, publish bool) (*instance, error)
+	// shift is what is added to the ports of a container to have those of the host that lead there: another for each,
+	// so that they can be published side by side.
+	shift uint16
+	// start gives a new container a network, with the ports published that publish has.
+	start func(ctx context.Context, l *lab, mtu int, publish []forward) (*instance, error)
+}
+
+// A forward leads from a TCP port of every address of the host to one of the container.
+type forward struct{ host, container uint16 }
+
+// forwards are all that a peer publishes.
+func (p *peer) forwards() []forward {
+	var fs []forward
+	for _, port := range publishedPorts {
+		fs = append(fs, forward{port + p.shift, port})
+	}
+	return fs
 }
 
 // An instance is a peer that serves a container.
@@ -63,6 +79,7 @@ var peers = []*peer{
 		version:   func(l *lab) string { return firstLine(l.usernet, "version") },
 		publishes: func(l *lab) bool { return strings.Contains(output(l.usernet, "--help"), "--publish") },
 		plain:     true,
+		shift:     1000,
 		start:     startUsernet,
 	},
 	{
@@ -71,6 +88,7 @@ var peers = []*peer{
 		version:   func(*lab) string { return firstLine("slirp4netns", "--version") },
 		publishes: always,
 		plain:     true,
+		shift:     2000,
 		start:     startSlirp,
 	},
 	{
@@ -79,6 +97,7 @@ var peers = []*peer{
 		version:   pastaVersion,
 		publishes: always,
 		plain:     true,
+		shift:     3000,
 		start:     startPasta,
 	},
 	{
@@ -88,6 +107,7 @@ var peers = []*peer{
 			return firstLine("rootlesskit", "--version") + " with slirp4netns and its builtin port driver"
 		},
 		publishes: always,
+		shift:     4000,
 		start:     startRootlesskit,
 	},
 }
@@ -127,19 +147,17 @@ func pastaVersion(*lab) string {
 	return v
 }
 
-func startUsernet(ctx context.Context, l *lab, mtu int, publish bool) (*instance, error) {
+func startUsernet(ctx context.Context, l *lab, mtu int, publish []forward) (*instance, error) {
 	args := []string{l.usernet, "--mtu", strconv.Itoa(mtu), "--log-level", "warn", "--ready-fd", "3"}
-	if publish {
-		for _, p := range publishedPorts {
-			args = append(args, "--publish", fmt.Sprintf("%d:%d", p, p))
-		}
+	for _, f := range publish {
+		args = append(args, "--publish", fmt.Sprintf("%d:%d", f.host, f.container))
 	}
 	return startDaemon(ctx, l, args, fdReady)
 }
 
-func startSlirp(ctx context.Context, l *lab, mtu int, publish bool) (*instance, error) {
+func startSlirp(ctx context.Context, l *lab, mtu int, publish []forward) (*instance, error) {
 	args := []string{"slirp4netns", "--configure", "--mtu=" + strconv.Itoa(mtu), "--enable-ipv6", "--ready-fd=3"}
-	if !publish {
+	if publish == nil {
 		return startDaemon(ctx, l, args, fdReady, "tap0")
 	}
 	socket := filepath.Join(l.scratch, "home", "slirp.sock")
@@ -147,8 +165,8 @@ func startSlirp(ctx context.Context, l *lab, mtu int, publish bool) (*instance, 
 	if err != nil {
 		return nil, err
 	}
-	for _, p := range publishedPorts {
-		if err := slirpForward(socket, p); err != nil {
+	for _, f := range publish {
+		if err := f.askSlirp(socket); err != nil {
 			in.stop()
 			return nil, err
 		}
@@ -156,8 +174,8 @@ func startSlirp(ctx context.Context, l *lab, mtu int, publish bool) (*instance, 
 	return in, nil
 }
 
-// slirpForward publishes a TCP port by slirp4netns's API: a connection for each request.
-func slirpForward(socket string, port uint16) error {
+// askSlirp publishes by slirp4netns's API: a connection for each request.
+func (f forward) askSlirp(socket string) error {
 	conn, err := net.DialTimeout("unix", socket, giveUp)
 	if err != nil {
 		return err
@@ -167,23 +185,23 @@ func slirpForward(socket string, port uint16) error {
 		return err
 	}
 	request := map[string]any{"execute": "add_hostfwd", "arguments": map[string]any{
-		"proto": "tcp", "host_addr": "0.0.0.0", "host_port": port, "guest_port": port}}
+		"proto": "tcp", "host_addr": "0.0.0.0", "host_port": f.host, "guest_port": f.container}}
 	if err := json.NewEncoder(conn).Encode(request); err != nil {
 		return err
 	}
 	answer, err := io.ReadAll(io.LimitReader(conn, 4096))
 	if err == nil && !strings.Contains(string(answer), `"return"`) {
-		err = fmt.Errorf("publish port %d: %s", port, answer)
+		err = fmt.Errorf("publish port %d: %s", f.host, answer)
 	}
 	return err
 }
 
-func startPasta(ctx context.Context, l *lab, mtu int, publish bool) (*instance, error) {
+func startPasta(ctx context.Context, l *lab, mtu int, publish []forward) (*instance, error) {
 	ports := "none"
-	if publish {
+	if publish != nil {
 		var list []string
-		for _, p := range publishedPorts {
-			list = append(list, strconv.Itoa(int(p)))
+		for _, f := range publish {
+			list = append(list, fmt.Sprintf("%d:%d", f.host, f.container))
 		}
 		ports = strings.Join(list, ",")
 	}
@@ -191,7 +209,8 @@ func startPasta(ctx context.Context, l *lab, mtu int, publish bool) (*instance, 
 	if err := os.Remove(pidFile); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	args := []string{"pasta", "--foreground", "--quiet", "--config-net", "--mtu", strconv.Itoa(mtu),
+	// The gateway is outside itself, and not a way to the host's loopback.
+	args := []string{"pasta", "--foreground", "--quiet", "--config-net", "--no-map-gw", "--mtu", strconv.Itoa(mtu),
 		"-t", ports, "-u", "none", "-T", "none", "-U", "none", "--pid", pidFile}
 	// It writes the file when it is set up.
 	return startDaemon(ctx, l, args, func(_ *os.File, ended <-chan struct{}) error {

@@ -22,13 +22,11 @@ func rootlesskitPresent(l *lab) error {
 }
 
 // startRootlesskit differs from the others: rootlesskit makes the container, so the agent is its command.
-func startRootlesskit(ctx context.Context, l *lab, mtu int, publish bool) (*instance, error) {
+func startRootlesskit(ctx context.Context, l *lab, mtu int, publish []forward) (*instance, error) {
 	args := []string{"rootlesskit", "--net=slirp4netns", "--mtu=" + strconv.Itoa(mtu), "--port-driver=builtin",
 		"--state-dir=" + filepath.Join(l.scratch, "home", "rootlesskit")}
-	if publish {
-		for _, p := range publishedPorts {
-			args = append(args, "--publish", fmt.Sprintf("0.0.0.0:%d:%d/tcp", p, p))
-		}
+	for _, f := range publish {
+		args = append(args, "--publish", fmt.Sprintf("0.0.0.0:%d:%d/tcp", f.host, f.container))
 	}
 	cmd := l.homeCommand(append(args, l.self(), agentArg)...)
 	container, err := startAgent(ctx, "rootlesskit's container", cmd, func() error { return cmd.Start() })

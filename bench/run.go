@@ -189,7 +189,7 @@ func (r *runner) takeTurns(ctx context.Context, t turn) error {
 				if err != nil {
 					return nil, err
 				}
-				return in.contender(r.lab, p.name, t.axis.route), nil
+				return in.contender(r.lab, p, t.axis.route), nil
 			})
 			if t.axis.fresh {
 				r.stop(p.name)
@@ -212,7 +212,11 @@ func (r *runner) instance(ctx context.Context, p *peer, t turn) (*instance, erro
 	if in := r.live[p.name]; in != nil {
 		return in, nil
 	}
-	in, err := p.start(ctx, r.lab, t.mtu, t.axis.route != outbound)
+	var publish []forward
+	if t.axis.route != outbound {
+		publish = p.forwards()
+	}
+	in, err := p.start(ctx, r.lab, t.mtu, publish)
 	if err != nil {
 		return nil, err
 	}
@@ -254,8 +258,9 @@ func (r *runner) one(ctx context.Context, t turn, i int, name string, make func(
 			return
 		}
 		if err != nil {
-			row.Errors = append(row.Errors, err.Error())
-			fmt.Fprintf(r.progress, "%s %s: %v\n", t.axis.name, name, err)
+			why := clip(err.Error())
+			row.Errors = append(row.Errors, why)
+			fmt.Fprintf(r.progress, "%s %s: %s\n", t.axis.name, name, why)
 			r.stop(name) // the next sample gets one that is new
 			return
 		}
@@ -297,4 +302,13 @@ func (r *runner) observe(ctx context.Context, t turn, make func() (*contender, e
 	}
 	share, err := watch.share()
 	return values, share, err
+}
+
+// clip keeps the end of what a peer said, which has the reason.
+func clip(s string) string {
+	const most = 300
+	if len(s) > most {
+		s = "… " + strings.ToValidUTF8(s[len(s)-most:], "")
+	}
+	return strings.ReplaceAll(s, "\n", " ")
 }

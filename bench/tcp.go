@@ -149,12 +149,55 @@ func dial(kind int, to netip.AddrPort) (int, error) {
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv))
 	if err == nil {
 		err = unix.Connect(fd, sockaddr(to))
+		if errors.Is(err, unix.EINTR) {
+			err = connected(fd)
+		}
 	}
 	if err != nil {
 		unix.Close(fd)
 		return -1, fmt.Errorf("connect %v: %w", to, err)
 	}
 	return fd, nil
+}
+
+// connected waits for a connect that one of Go's own signals has interrupted: a socket that gives up is not
+// restarted by the kernel.
+func connected(fd int) error {
+	for end := time.Now().Add(giveUp); ; {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, int(time.Until(end).Milliseconds()))
+		switch {
+		case errors.Is(err, unix.EINTR) && time.Now().Before(end):
+			continue
+		case err != nil:
+			return err
+		case n == 0:
+			return unix.ETIMEDOUT
+		}
+		code, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+		if err == nil && code != 0 {
+			err = unix.Errno(code)
+		}
+		return err
+	}
+}
+
+// read and write are the system calls, again when interrupted.
+func read(fd int, buf []byte) (int, error) {
+	for {
+		n, err := unix.Read(fd, buf)
+		if !errors.Is(err, unix.EINTR) {
+			return n, err
+		}
+	}
+}
+
+func write(fd int, buf []byte) (int, error) {
+	for {
+		n, err := unix.Write(fd, buf)
+		if !errors.Is(err, unix.EINTR) {
+			return n, err
+		}
+	}
 }
 
 func socket(kind int, addr netip.Addr) (int, error) {
@@ -185,10 +228,10 @@ func sockaddr(a netip.AddrPort) unix.Sockaddr {
 
 // roundTrip sends an octet and receives one.
 func roundTrip(fd int, buf []byte) error {
-	if _, err := unix.Write(fd, buf); err != nil {
+	if _, err := write(fd, buf); err != nil {
 		return fmt.Errorf("write: %w", err)
 	}
-	n, err := unix.Read(fd, buf)
+	n, err := read(fd, buf)
 	if err == nil && n != 1 {
 		err = errors.New("the connection has ended")
 	}

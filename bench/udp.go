@@ -29,11 +29,11 @@ func opUDPRR(ctx context.Context, p rrParams, _ func(), _ <-chan struct{}) (any,
 	ask, answer := make([]byte, 1), make([]byte, 1)
 	return trips(ctx, p.Duration, func(i int) error {
 		ask[0] = byte(i)
-		if _, err := unix.Write(fd, ask); err != nil {
+		if _, err := write(fd, ask); err != nil {
 			return err
 		}
 		for {
-			if _, err := unix.Read(fd, answer); err != nil {
+			if _, err := read(fd, answer); err != nil {
 				return err
 			}
 			if answer[0] == ask[0] {
