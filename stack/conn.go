@@ -28,7 +28,7 @@ type Conn struct {
 	local, remote netip.AddrPort
 
 	entry waiter.Entry // of OnReady
-	ready func(Readiness)
+	ready func(in, out, ended bool)
 	feed  feeder
 	reset atomic.Bool // by the container, after its FIN
 
@@ -43,38 +43,24 @@ func newConn(s *Stack, ep tcpip.Endpoint, wq *waiter.Queue, local, remote netip.
 	return c
 }
 
-// Readiness says which side of a Conn may have something new.
-type Readiness uint8
-
-const (
-	ReadyIn  Readiness = 1 << iota // Drain may have octets, or the end of them
-	ReadyOut                       // Fill may have room
-	ReadyErr                       // the connection has ended, in order or not
-)
-
 // OnReady has ready called whenever something may be new, and once with all of it before
-// OnReady returns. ready is called with netstack's locks held: it must not block nor call the Conn.
-// It is called no more once Close or Abort has returned. Call OnReady at most once.
-func (c *Conn) OnReady(ready func(Readiness)) {
+// OnReady returns: in, Drain may have octets or the end of them; out, Fill may have room; ended, the
+// connection is over, in order or not. ready is called with netstack's locks held: it must not block nor
+// call the Conn. It is called no more once Close or Abort has returned. Call OnReady at most once.
+func (c *Conn) OnReady(ready func(in, out, ended bool)) {
 	c.ready = ready
 	c.entry.Init(c, waiter.AllEvents)
 	c.wq.EventRegister(&c.entry)
-	ready(ReadyIn | ReadyOut | ReadyErr)
+	ready(true, true, true)
 }
 
 // NotifyEvent is netstack's side of OnReady.
 func (c *Conn) NotifyEvent(mask waiter.EventMask) {
-	var r Readiness
-	if mask&(waiter.ReadableEvents|waiter.EventRdHUp) != 0 {
-		r |= ReadyIn
-	}
-	if mask&waiter.WritableEvents != 0 {
-		r |= ReadyOut
-	}
-	if mask&(waiter.EventErr|waiter.EventHUp) != 0 {
-		r |= ReadyErr
-	}
-	c.ready(r)
+	c.ready(
+		mask&(waiter.ReadableEvents|waiter.EventRdHUp) != 0,
+		mask&waiter.WritableEvents != 0,
+		mask&(waiter.EventErr|waiter.EventHUp) != 0,
+	)
 }
 
 // Drain hands write what the container has sent, in order and without a copy, and

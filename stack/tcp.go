@@ -2,6 +2,7 @@ package stack
 
 import (
 	"context"
+	"encoding/binary"
 	"net/netip"
 	"sync"
 	"time"
@@ -148,7 +149,11 @@ func (t *tcpRequests) admit(id stack.TransportEndpointID, h header.TCP, pkt *sta
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if r := t.pending[id]; r != nil {
-		r.repeated(now)
+		if binary.BigEndian.Uint32(r.segment[header.TCPSeqNumOffset:]) == h.SequenceNumber() {
+			r.repeated(now)
+		} else {
+			r.cancel() // another attempt from the same port: it is served when it is repeated
+		}
 		return false
 	}
 	if t.ctx == nil || t.ctx.Err() != nil {
@@ -250,8 +255,10 @@ func (r *TCPRequest) Reject(reason error) {
 	r.req = nil
 	refused := isErrno(reason, unix.ECONNREFUSED) || isErrno(reason, unix.ECONNRESET)
 	cancelled := r.ctx.Err() != nil
-	r.s.tcp.forget(r.id)
+	// In this order: a SYN in between is taken for a repetition. The other way round netstack would
+	// still know the tuple, and the request that admit makes of the SYN would be served by nobody.
 	req.Complete(refused && !cancelled)
+	r.s.tcp.forget(r.id)
 	if cancelled {
 		return
 	}

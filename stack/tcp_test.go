@@ -264,6 +264,48 @@ func TestDialEndsWithoutRepeatedSYN(t *testing.T) {
 	}
 }
 
+// Another attempt from the same port takes the place of the one that the container has given up.
+func TestNewAttemptOnTheSamePort(t *testing.T) {
+	served := make(chan struct{}, 2)
+	p := newPair(t, allOffloads, &handler{tcp: func(ctx context.Context, r *stack.TCPRequest) {
+		served <- struct{}{}
+		<-ctx.Done()
+		r.Reject(ctx.Err())
+	}})
+	a, b := netip.AddrPortFrom(container4.Addr(), 4711), netip.AddrPortFrom(world4, 80)
+	none := make([]byte, stack.HeaderLen)
+	p.guestEnd.Write([][]byte{none, tcpFrame(a, b, 1, 0, 0x02)})
+	<-served
+	for again := time.NewTicker(10 * time.Millisecond); ; { // the new attempt's SYN, and its repetitions
+		p.guestEnd.Write([][]byte{none, tcpFrame(a, b, 1000, 0, 0x02)})
+		select {
+		case <-served:
+			again.Stop()
+			return
+		case <-again.C:
+		case <-testContext(t).Done():
+			t.Fatal("the new attempt was taken for a repetition of the old one")
+		}
+	}
+}
+
+// SYNs that are repeated without end while others are rejected leave nothing behind.
+func TestRejectUnderRepeatedSYNs(t *testing.T) {
+	p := newPair(t, allOffloads, &handler{tcp: func(_ context.Context, r *stack.TCPRequest) { r.Reject(unix.ECONNREFUSED) }})
+	none := make([]byte, stack.HeaderLen)
+	for i := range 20000 {
+		a, b := netip.AddrPortFrom(container4.Addr(), uint16(5000+i%4)), netip.AddrPortFrom(world4, 80)
+		p.guestEnd.Write([][]byte{none, tcpFrame(a, b, 1, 0, 0x02)})
+	}
+	// Whether all are gone shows when the stack ends (newPair waits for that), and in a dial that gets its answer.
+	if _, err := p.dial(testContext(t), netip.AddrPortFrom(world4, 80)); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("dial afterwards: %v", err)
+	}
+	if st := p.gateway.Stats(); st.Rejected < 4 {
+		t.Errorf("counted %+v", st)
+	}
+}
+
 func TestDialsAreShared(t *testing.T) {
 	var waiting atomic.Int32
 	p := newPair(t, allOffloads, &handler{tcp: func(ctx context.Context, r *stack.TCPRequest) {
@@ -361,10 +403,10 @@ func TestDrainAndFill(t *testing.T) {
 	h, conns := accepting(t)
 	p := newPair(t, allOffloads, h)
 	c, g := connect(t, p, conns, world4)
-	ready := make(chan stack.Readiness, 1024)
-	g.OnReady(func(r stack.Readiness) {
+	ready := make(chan struct{}, 1024)
+	g.OnReady(func(_, _, _ bool) {
 		select {
-		case ready <- r:
+		case ready <- struct{}{}:
 		default:
 		}
 	})

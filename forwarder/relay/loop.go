@@ -9,14 +9,13 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
-	"usernet/stack"
 )
 
-// End is the container's end of a connection; *stack.Conn is one and says what the methods do.
+// End is the container's end of a connection. stack.Conn is one, and says what the methods do.
 type End interface {
 	Drain(write func(pieces [][]byte) (int, error)) (int, error)
 	Fill(n int, read func(p []byte) (int, error)) (int, error)
-	OnReady(func(stack.Readiness))
+	OnReady(func(in, out, ended bool))
 	Err() error
 	CloseWrite() error
 	Close() error

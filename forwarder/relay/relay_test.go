@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-	"usernet/stack"
 )
 
 // memoryEnd is a container's end in memory: Drain takes from sent, Fill appends to received.
@@ -26,7 +25,7 @@ type memoryEnd struct {
 	closed   bool
 	aborted  bool
 	err      error
-	ready    func(stack.Readiness)
+	ready    func(in, out, ended bool)
 }
 
 func newMemoryEnd() *memoryEnd {
@@ -35,12 +34,12 @@ func newMemoryEnd() *memoryEnd {
 	return e
 }
 
-func (e *memoryEnd) notify(r stack.Readiness) {
+func (e *memoryEnd) notify(in, out, ended bool) {
 	e.mu.Lock()
 	ready := e.ready
 	e.mu.Unlock()
 	if ready != nil {
-		ready(r)
+		ready(in, out, ended)
 	}
 }
 
@@ -49,7 +48,7 @@ func (e *memoryEnd) send(b []byte, end bool) {
 	e.sent = append(e.sent, b...)
 	e.sentEnd = end
 	e.mu.Unlock()
-	e.notify(stack.ReadyIn)
+	e.notify(true, false, false)
 }
 
 func (e *memoryEnd) Drain(write func([][]byte) (int, error)) (int, error) {
@@ -91,11 +90,11 @@ func (e *memoryEnd) Fill(n int, read func([]byte) (int, error)) (int, error) {
 	return n, nil
 }
 
-func (e *memoryEnd) OnReady(f func(stack.Readiness)) {
+func (e *memoryEnd) OnReady(f func(in, out, ended bool)) {
 	e.mu.Lock()
 	e.ready = f
 	e.mu.Unlock()
-	f(stack.ReadyIn | stack.ReadyOut | stack.ReadyErr)
+	f(true, true, true)
 }
 
 func (e *memoryEnd) Err() error {
@@ -223,7 +222,7 @@ func TestJoinWaitsForRoom(t *testing.T) {
 		t.Errorf("received %q", e.received)
 	}
 	e.set(func() { e.room = -1 })
-	e.notify(stack.ReadyOut)
+	e.notify(false, true, false)
 	e.until(t, "the rest is there", func() bool { return string(e.received) == "hello, world" })
 }
 
@@ -235,7 +234,7 @@ func TestJoinAborts(t *testing.T) {
 	}{
 		{"the container resets", func(e *memoryEnd, _ *net.TCPConn, _ func()) {
 			e.set(func() { e.err = unix.ECONNRESET })
-			e.notify(stack.ReadyErr)
+			e.notify(false, false, true)
 		}, unix.ECONNRESET},
 		{"the host resets", func(_ *memoryEnd, peer *net.TCPConn, _ func()) {
 			peer.SetLinger(0)
@@ -264,6 +263,54 @@ func TestJoinAborts(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// What came before a RST arrives before it: an early answer to a request that the server does not read.
+func TestOctetsBeforeResetArrive(t *testing.T) {
+	l, _ := running(t)
+	for range 50 {
+		e := newMemoryEnd()
+		fd, peer := hostPair(t)
+		done := make(chan error, 1)
+		if err := l.Join(e, fd, func(err error) { done <- err }); err != nil {
+			t.Fatal(err)
+		}
+		e.send([]byte("a request that nobody reads"), false)
+		if _, err := peer.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := peer.Write([]byte("413")); err != nil {
+			t.Fatal(err)
+		}
+		peer.Close() // octets are unread, so this is a RST
+		if err := <-done; !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EPIPE) {
+			t.Errorf("ended with %v, want a reset", err)
+		}
+		if string(e.received) != "413" || !e.aborted || e.gotEnd {
+			t.Fatalf("received %q, aborted %v, FIN %v", e.received, e.aborted, e.gotEnd)
+		}
+	}
+}
+
+// A container that does not read is not waited for.
+func TestResetDoesNotWaitForRoom(t *testing.T) {
+	l, _ := running(t)
+	e := newMemoryEnd()
+	e.room = 1
+	fd, peer := hostPair(t)
+	done := make(chan error, 1)
+	if err := l.Join(e, fd, func(err error) { done <- err }); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := peer.Write([]byte("four")); err != nil {
+		t.Fatal(err)
+	}
+	e.until(t, "there is no room", func() bool { return e.room == 0 })
+	peer.SetLinger(0)
+	peer.Close()
+	if err := <-done; !errors.Is(err, unix.ECONNRESET) || !e.aborted {
+		t.Errorf("ended with %v, aborted %v", err, e.aborted)
 	}
 }
 

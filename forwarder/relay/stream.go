@@ -5,10 +5,10 @@ import (
 	"io"
 	"os"
 	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-	"usernet/stack"
 )
 
 const (
@@ -18,6 +18,11 @@ const (
 	// maxRead is how much is read from a socket at once, octets: a few super-segments.
 	maxRead = 256 << 10
 )
+
+// resetGrace is how long the container's end of a connection that the host has reset still sends what
+// came before the RST: an early answer, say, to a request that nobody will read to its end. A kernel
+// delivers what it had received by then, and netstack drops what it has not sent when it is aborted.
+const resetGrace = 50 * time.Millisecond
 
 // stream is one connection. Its worker alone touches it, but for the atomic fields.
 //
@@ -36,19 +41,23 @@ type stream struct {
 	hangup     bool   // the socket's peer has sent FIN: read until the end shows
 	outDone    bool   // container → host: FIN passed on
 	inDone     bool   // host → container: FIN passed on
+	passed     bool   // the container has been sent something
+	broken     error  // what ended the host's end before its time
+	grace      *time.Timer
 	finished   bool
 
 	queued    atomic.Bool
-	endFailed atomic.Bool // the container's end said ReadyErr
+	expired   atomic.Bool // the grace is over
+	endFailed atomic.Bool // the container's end is over, in order or not
 	wantRoom  atomic.Bool // Fill found no room
 }
 
 // onReady is called under netstack's locks.
-func (s *stream) onReady(r stack.Readiness) {
-	if r&stack.ReadyErr != 0 {
+func (s *stream) onReady(in, _, ended bool) {
+	if ended {
 		s.endFailed.Store(true)
 	}
-	if r == stack.ReadyOut && !s.wantRoom.Load() {
+	if !in && !ended && !s.wantRoom.Load() {
 		return // an acknowledgement; nobody waits for room
 	}
 	s.w.enqueue(s)
@@ -66,11 +75,12 @@ func (s *stream) pump() {
 		s.writable = s.writable || ev&unix.EPOLLOUT != 0
 		s.hangup = s.hangup || ev&(unix.EPOLLRDHUP|unix.EPOLLHUP) != 0
 		if ev&unix.EPOLLERR != 0 {
-			if err := socketError(s.fd); err != nil {
-				s.finish(err)
-				return
-			}
+			s.breakHost(socketError(s.fd))
 		}
+	}
+	if s.expired.Load() {
+		s.finish(s.broken)
+		return
 	}
 	if s.endFailed.Swap(false) {
 		if err := s.end.Err(); err != nil {
@@ -89,10 +99,31 @@ func (s *stream) pump() {
 		return
 	}
 	switch {
+	case s.outDone && s.inDone && s.broken != nil:
+		s.letGo()
 	case s.outDone && s.inDone:
 		s.finish(nil)
 	case moreOut || moreIn:
 		s.w.enqueue(s) // behind the others
+	}
+}
+
+// breakHost notes that the host's end is no more, but for what there is to read of it.
+func (s *stream) breakHost(err error) {
+	if err != nil && s.broken == nil {
+		s.broken, s.outDone, s.readable, s.hangup = err, true, true, true
+	}
+}
+
+// letGo resets the container's end, as soon as what it was sent has had the time to get there.
+func (s *stream) letGo() {
+	if !s.passed {
+		s.finish(s.broken)
+	} else if s.grace == nil {
+		s.grace = time.AfterFunc(resetGrace, func() {
+			s.expired.Store(true)
+			s.w.enqueue(s)
+		})
 	}
 }
 
@@ -107,7 +138,8 @@ func (s *stream) outbound() (more bool, err error) {
 		s.w.loop.stats.octetsOut.Add(uint64(n))
 		switch {
 		case s.w.hostErr != nil:
-			return false, s.w.hostErr
+			s.breakHost(s.w.hostErr)
+			return false, nil
 		case err == nil:
 		case err == unix.EAGAIN:
 			return false, nil
@@ -148,10 +180,14 @@ func (s *stream) inbound() (more bool, err error) {
 		case s.w.hostErr != nil:
 			return false, s.w.hostErr
 		case err == unix.EAGAIN:
+			if s.broken != nil {
+				s.letGo() // a container that does not read is not waited for
+			}
 			return false, nil
 		case err != nil:
 			return false, err
 		}
+		s.passed = true
 		s.wantRoom.Store(false)
 		if took == n && !s.hangup {
 			s.readable = false // what comes later is a new edge
@@ -169,7 +205,9 @@ func (s *stream) emptyOrEnd() error {
 		s.readable = err == unix.EINTR
 		return nil
 	case err != nil:
-		return os.NewSyscallError("recv", err)
+		s.breakHost(os.NewSyscallError("recv", err)) // which takes the error off the socket: what is left is the end
+	case n == 0 && s.broken != nil:
+		s.inDone = true // no FIN: a RST follows
 	case n == 0:
 		s.inDone = true
 		if err := s.end.CloseWrite(); err != nil && !errors.Is(err, unix.ENOTCONN) {
@@ -185,6 +223,9 @@ func (s *stream) finish(err error) {
 		return
 	}
 	s.finished = true
+	if s.grace != nil {
+		s.grace.Stop() // one that fires now finds s finished
+	}
 	s.w.remove(s)
 	stats := &s.w.loop.stats
 	if err == nil {

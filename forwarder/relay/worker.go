@@ -182,7 +182,6 @@ func (w *worker) serve(ctx context.Context) {
 func (w *worker) pump() {
 	w.mu.Lock()
 	batch := w.queue
-	clear(w.spare[:cap(w.spare)])
 	w.queue, w.spare = w.spare[:0], batch
 	w.mu.Unlock()
 	for _, s := range batch {
@@ -190,6 +189,7 @@ func (w *worker) pump() {
 		s.pump()
 	}
 	w.cur = nil
+	clear(batch) // streams that have ended are not held until the slice is used again
 }
 
 // mark notes what n events say on their streams and queues these.
