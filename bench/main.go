@@ -57,7 +57,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	if os.Getenv(innerEnv) == "" {
-		err = outer(ctx)
+		err = outer(ctx, os.Args[1:])
 	} else {
 		err = inner(ctx, o)
 	}

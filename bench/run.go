@@ -15,7 +15,8 @@ import (
 const (
 	// maxRepeats is how often a sample is taken again because of foreign load.
 	maxRepeats = 2
-	// maxErrors is how many samples of an axis a contender may fail before it is left out of the axis.
+	// maxErrors is how many samples of an axis a contender may fail before it is left out of the axis, and how many
+	// times in a row a peer may fail to start before it is left out of the rest.
 	maxErrors = 2
 )
 
@@ -29,13 +30,14 @@ type runner struct {
 	peers    []*peer
 	limits   []string
 	live     map[string]*instance // by the peer's name
+	failed   map[string]int       // starts in a row, by the peer's name
 	done     int
 	total    int
 }
 
 // run measures all that o asks for, and writes the report: also of what there is when it was interrupted.
 func run(ctx context.Context, o options, l *lab) error {
-	r := &runner{options: o, lab: l, progress: os.Stderr, begin: time.Now(), live: map[string]*instance{}}
+	r := &runner{options: o, lab: l, progress: os.Stderr, begin: time.Now(), live: map[string]*instance{}, failed: map[string]int{}}
 	for _, a := range []*agent{l.host, l.outside} {
 		if err := startEcho(ctx, a); err != nil {
 			return err
@@ -218,8 +220,12 @@ func (r *runner) instance(ctx context.Context, p *peer, t turn) (*instance, erro
 	}
 	in, err := p.start(ctx, r.lab, t.mtu, publish)
 	if err != nil {
+		if r.failed[p.name]++; r.failed[p.name] == maxErrors {
+			r.report.leaveOut(p.name+", from "+t.axis.name+" on", "it does not start: "+clip(err.Error()))
+		}
 		return nil, err
 	}
+	r.failed[p.name] = 0
 	r.live[p.name] = in
 	return in, startEcho(ctx, in.container)
 }
@@ -241,12 +247,16 @@ func (r *runner) stopAll() {
 func (r *runner) one(ctx context.Context, t turn, i int, name string, make func() (*contender, error)) {
 	row := r.report.row(t.axis, t.mtu, name)
 	r.done++
-	if ctx.Err() != nil || len(row.Errors) >= maxErrors {
+	if ctx.Err() != nil || len(row.Errors) >= maxErrors || r.failed[name] >= maxErrors {
 		return
+	}
+	repeats := maxRepeats
+	if r.quick {
+		repeats = 0 // it has its three minutes
 	}
 	var best map[string]float64
 	foreign := math.Inf(1)
-	for try := 0; try <= maxRepeats && foreign > r.foreign; try++ {
+	for try := 0; try <= repeats && foreign > r.foreign; try++ {
 		if try > 0 {
 			row.Repeated++
 			if t.axis.fresh {

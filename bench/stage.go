@@ -23,7 +23,7 @@ func (e *exitError) Error() string { return fmt.Sprintf("status %d", e.status) }
 
 // outer runs bench again in namespaces of its own, and keeps what lies outside of them: the scratch
 // directory and one sysctl. It puts both back, however inner ends.
-func outer(ctx context.Context) (err error) {
+func outer(ctx context.Context, args []string) (err error) {
 	scratch, err := os.MkdirTemp("", "usernet-bench-")
 	if err != nil {
 		return err
@@ -38,7 +38,7 @@ func outer(ctx context.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, restore()) }()
 
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), innerEnv+"="+scratch)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = nil, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{

@@ -1,0 +1,145 @@
+package main
+
+import (
+	"math"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// sampleReport is a small run with all that a report can have.
+func sampleReport() *report {
+	r := &report{
+		Date: "2026-01-02T03:04:05Z", Seconds: 61, Kernel: "6.1", CPU: "Some CPU", CPUs: 2, Go: "go1",
+		Congestion: "cubic", Home: "an ordinary user", Samples: 3, Duration: time.Second.String(), MTUs: []int{65520, 1500},
+		ForeignBefore: 0.01, ForeignLimit: 0.05, Versions: map[string]string{"usernet": "usernet 1", "slirp4netns": "slirp4netns 1.2"},
+	}
+	r.leaveOut("pasta", "not installed (Debian's passt)")
+	add := func(axis string, mtu int, who string, m metric, values ...float64) {
+		row := r.row(axisNamed(axis), mtu, who)
+		for _, v := range values {
+			row.add(map[string]float64{m.unit: v, cpuGiB.unit: math.NaN()}, 0.02)
+		}
+	}
+	add("tcp-out-1", 65520, "usernet", gbits, 12, 13, 14)
+	add("tcp-out-1", 65520, "slirp4netns", gbits, 6, 5, 4)
+	add("tcp-out-1", 65520, "veth", gbits, 26, 26, 26)
+	add("tcp-out-1", 1500, "usernet", gbits, 10, 10, 10)
+	add("tcp-out-1", 1500, "slirp4netns", gbits, 1.1, 1, 1.2)
+	add("tcp-rr", 65520, "usernet", perSecond, 8000)
+	add("tcp-rr", 65520, "slirp4netns", perSecond, 10000)
+	add("udp-steady-in-64", 65520, "usernet", lossPart, 0.25)
+	add("udp-steady-in-64", 65520, "slirp4netns", lossPart, 0)
+	add("rss-tcp", 65520, "usernet", idleMiB, 10)
+	slow := r.row(axisNamed("tcp-rr"), 65520, "veth")
+	slow.Errors = append(slow.Errors, "not one round trip:\ntimed out")
+	slow.Repeated = 2
+	return r
+}
+
+func TestGoldenReport(t *testing.T) {
+	r := sampleReport()
+	dir := t.TempDir()
+	if err := r.write(dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"results.txt", "results.md", "results.json"} {
+		got, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := strings.ReplaceAll(string(got), "\ngoarch: "+goarch()+"\n", "\ngoarch: ARCH\n")
+		golden := filepath.Join("testdata", name+".golden")
+		if *update {
+			if err := os.WriteFile(golden, []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want, err := os.ReadFile(golden)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if text != string(want) {
+			t.Errorf("%s is not as in %s (make golden):\n%s", name, golden, text)
+		}
+	}
+	for _, name := range []string{"tcp-65520.svg", "tcp-1500.svg", "roundtrips.svg", "udp-steady.svg"} {
+		if text, err := os.ReadFile(filepath.Join(dir, name)); err != nil || !strings.Contains(string(text), "</svg>") {
+			t.Errorf("%s: %d octets, %v", name, len(text), err)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, "published.svg")); err == nil {
+		t.Error("there is a chart of what was not measured")
+	}
+}
+
+func goarch() string {
+	text := sampleReport().benchLines()
+	_, after, _ := strings.Cut(text, "goarch: ")
+	arch, _, _ := strings.Cut(after, "\n")
+	return arch
+}
+
+func TestJudge(t *testing.T) {
+	r := sampleReport()
+	for _, c := range []struct {
+		target
+		value      float64
+		met, raise bool
+		unmeasured bool
+	}{
+		{target: target{"tcp-out-1", gbits, 65520, "slirp4netns", 2}, value: 2.6, met: true},
+		{target: target{"tcp-out-1", gbits, 65520, "slirp4netns", 1}, value: 2.6, met: true, raise: true},
+		{target: target{"tcp-out-1", gbits, 1500, ownBestMTU, 0.85}, value: 10.0 / 13},
+		{target: target{"tcp-rr", perSecond, 0, "slirp4netns", 1}, value: 0.8},
+		{target: target{"udp-steady-in-64", lossPart, 0, "slirp4netns", 1}, value: 0.25}, // it lost none
+		{target: target{"rss-tcp", idleMiB, 0, "", 16}, value: 10, met: true, raise: true},
+		{target: target{"rss-tcp", idleMiB, 0, "", 9}, value: 10},
+		{target: target{"tcp-rr", perSecond, 0, "pasta", 1}, unmeasured: true},
+		{target: target{"rss-tcp", kibConn, 0, "", 16}, unmeasured: true},
+	} {
+		v, ok := c.judge(r)
+		if ok == c.unmeasured {
+			t.Errorf("%v: measured %v", c.target, ok)
+		} else if ok && (math.Abs(v.Value-c.value) > 1e-9 || v.Met != c.met || v.Raise != c.raise) {
+			t.Errorf("%v: %+v", c.target, v)
+		}
+	}
+}
+
+// Every target and every chart speaks of an axis that there is, and of a metric that it has.
+func TestNames(t *testing.T) {
+	check := func(what, axis string, m metric) {
+		a := axisNamed(axis)
+		if a == nil {
+			t.Errorf("%s: no axis %s", what, axis)
+			return
+		}
+		for _, has := range a.metrics {
+			if has == m {
+				return
+			}
+		}
+		t.Errorf("%s: %s has no %s", what, axis, m.unit)
+	}
+	for _, g := range targets {
+		check(g.String(), g.axis, g.metric)
+		if g.than != "" && g.than != ownBestMTU && !known(g.than) {
+			t.Errorf("%v: who is %s?", g, g.than)
+		}
+	}
+	for _, c := range sampleReport().charts() {
+		for _, a := range c.axes {
+			check(c.file, a, c.metric)
+		}
+	}
+	seen := map[string]bool{}
+	for _, a := range axes {
+		if seen[a.name] {
+			t.Errorf("two axes are %s", a.name)
+		}
+		seen[a.name] = true
+	}
+}
