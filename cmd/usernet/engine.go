@@ -221,8 +221,7 @@ func (e *engine) stackConfig() (stack.Config, error) {
 		return c, err
 	}
 	c.DHCP = func(request []byte) ([]byte, netip.AddrPort, bool) {
-		reply, to, _, ok := leases.Handle(request, time.Now())
-		return reply, to, ok
+		return leases.Handle(request, time.Now())
 	}
 	if p.net6.IsValid() {
 		r := ra.Config{Prefix: p.net6, MTU: e.tap.MTU(), Search: e.search(), LinkAddr: [6]byte(p.gatewayMAC())}

@@ -12,6 +12,7 @@ import (
 
 	"usernet/forwarder"
 	"usernet/stack/dns"
+	"usernet/tap/capture"
 )
 
 const (
@@ -27,9 +28,6 @@ const (
 
 	// maxQueues: a queue costs a thread and helps where cores are idle; Linux allows 256.
 	maxQueues = 16
-
-	// defaultPcapSize is a few seconds of full load or days of a quiet container.
-	defaultPcapSize = 100 << 20
 )
 
 var logLevels = map[string]slog.Level{
@@ -68,7 +66,7 @@ type group struct {
 
 // newFlags defines the flags of "usernet run" or of the attach form.
 func newFlags(run bool) *flags {
-	f := &flags{set: pflag.NewFlagSet("usernet", pflag.ContinueOnError), ipv6: true, configure: true, pcapSize: defaultPcapSize}
+	f := &flags{set: pflag.NewFlagSet("usernet", pflag.ContinueOnError), ipv6: true, configure: true, pcapSize: capture.DefaultLimit}
 	f.set.SortFlags = false
 
 	if !run {

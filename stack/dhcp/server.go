@@ -23,8 +23,7 @@ import (
 )
 
 const (
-	ServerPort = 67 // RFC 2131 §4.1
-	ClientPort = 68
+	clientPort = 68 // RFC 2131 §4.1
 
 	poolFirst, poolLast = 15, 30 // counted from the network's address
 
@@ -43,7 +42,6 @@ type Config struct {
 	Client  netip.Addr   // for the first client
 	MTU     int          // of IP packets, in octets; zero: none is told
 
-	Domain string   // the domain name (option 15); empty: none is told
 	Search []string // the search list (option 119, RFC 3397); left out whole if it is too long for a reply
 
 	Lease time.Duration // zero: 12 hours
@@ -86,9 +84,6 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Lease < time.Second || cfg.Lease/time.Second > math.MaxUint32 {
 		return nil, fmt.Errorf("dhcp: lease of %v: must be a second to 136 years", cfg.Lease)
 	}
-	if len(cfg.Domain) > 253 {
-		return nil, fmt.Errorf("dhcp: domain of %d octets: 253 is the limit", len(cfg.Domain))
-	}
 	cfg.Subnet = subnet
 	s := &Server{cfg: cfg, lease: cfg.Lease.Truncate(time.Second)}
 	s.setOptions()
@@ -117,9 +112,6 @@ func (s *Server) setOptions() {
 	}
 	if s.cfg.MTU != 0 {
 		o = append(o, dhcpv4.OptGeneric(dhcpv4.OptionInterfaceMTU, []byte{byte(s.cfg.MTU >> 8), byte(s.cfg.MTU)}))
-	}
-	if s.cfg.Domain != "" {
-		o = append(o, dhcpv4.OptDomainName(s.cfg.Domain))
 	}
 	if labels := searchLabels(s.cfg.Search); len(labels) > 0 {
 		o = append(o, dhcpv4.OptDomainSearch(&rfc1035label.Labels{Labels: labels}))
@@ -152,21 +144,21 @@ func broadcast(p netip.Prefix) netip.Addr {
 	return netip.AddrFrom4(a)
 }
 
-var everybody = netip.AddrPortFrom(netip.AddrFrom4([4]byte{255, 255, 255, 255}), ClientPort)
+var everybody = netip.AddrPortFrom(netip.AddrFrom4([4]byte{255, 255, 255, 255}), clientPort)
 
 // Handle answers one request, the UDP payload that came to port 67. Where ok, reply is to be sent from the
-// gateway's port 67 to dst; broadcast says that dst is 255.255.255.255, which includes
-// every client that has no address yet: it could not answer ARP (RFC 2131 §4.1 allows this). What is
-// malformed, relayed or for another server has no reply.
-func (s *Server) Handle(request []byte, now time.Time) (reply []byte, dst netip.AddrPort, broadcast bool, ok bool) {
+// gateway's port 67 to dst, which is 255.255.255.255 for every client that has no address yet: it
+// could not answer ARP (RFC 2131 §4.1 allows this). What is malformed, relayed or for another server
+// has no reply.
+func (s *Server) Handle(request []byte, now time.Time) (reply []byte, dst netip.AddrPort, ok bool) {
 	m, err := dhcpv4.FromBytes(request)
 	// Relays (giaddr) have no place on a link that ends in this process.
 	if err != nil || m.OpCode != dhcpv4.OpcodeBootRequest || !unset(m.GatewayIPAddr) {
-		return nil, dst, false, false
+		return nil, dst, false
 	}
 	client, ok := identify(m)
 	if !ok {
-		return nil, dst, false, false
+		return nil, dst, false
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -188,13 +180,13 @@ func (s *Server) Handle(request []byte, now time.Time) (reply []byte, dst netip.
 		}
 	}
 	if r == nil {
-		return nil, dst, false, false
+		return nil, dst, false
 	}
 	dst = everybody
 	if to := addrOf(m.ClientIPAddr); r.MessageType() != dhcpv4.MessageTypeNak && s.host(to) {
-		dst = netip.AddrPortFrom(to, ClientPort)
+		dst = netip.AddrPortFrom(to, clientPort)
 	}
-	return s.pack(r), dst, dst == everybody, true
+	return s.pack(r), dst, true
 }
 
 // identify returns what tells one client from another: its identifier, else its hardware address (RFC 2131 §4.2).
@@ -299,11 +291,8 @@ func (s *Server) refuse(m *dhcpv4.DHCPv4) *dhcpv4.DHCPv4 {
 // pack encodes a reply in what every client takes: names that are too long for it go.
 func (s *Server) pack(r *dhcpv4.DHCPv4) []byte {
 	out := r.ToBytes()
-	for _, code := range []dhcpv4.OptionCode{dhcpv4.OptionDNSDomainSearchList, dhcpv4.OptionDomainName} {
-		if len(out) <= minMessage {
-			break
-		}
-		r.DeleteOption(code)
+	if len(out) > minMessage {
+		r.DeleteOption(dhcpv4.OptionDNSDomainSearchList)
 		out = r.ToBytes()
 	}
 	return out

@@ -23,9 +23,9 @@ const (
 	// DefaultSnapLen keeps whole frames, however many segments the kernel has put into one.
 	DefaultSnapLen = 256 << 10
 
-	// DefaultLimit is the size in octets at which a file ends unless told otherwise: what a
-	// forgotten --pcap may cost.
-	DefaultLimit = 1 << 30
+	// DefaultLimit is the size in octets at which a file ends unless told otherwise: what a forgotten
+	// --pcap may cost. It is a few seconds of full load, or days of a quiet container.
+	DefaultLimit = 100 << 20
 
 	// flushEvery is how far the file may lag behind, so that it can be followed with tail -f.
 	flushEvery = time.Second
