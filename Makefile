@@ -1,19 +1,20 @@
 # make help lists the targets.
 
-SHELL    := bash
-GO       ?= go
-FUZZTIME ?= 30s
-VERSION  ?= $(shell git -c safe.directory='*' describe --tags --always --dirty 2>/dev/null || echo unknown)
+SHELL      := bash
+GO         ?= go
+FUZZTIME   ?= 30s
+BENCHFLAGS ?=
+VERSION    ?= $(shell git -c safe.directory='*' describe --tags --always --dirty 2>/dev/null || echo unknown)
 
 # One static binary: no C, no paths of the machine that built it.
 export CGO_ENABLED := 0
 GOBUILD := $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: help build run test race e2e fuzz bench lint cover golden check clean
+.PHONY: help build run test race e2e fuzz bench bench-quick microbench lint cover golden check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -nE 's/^([a-z0-9]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 build: ## bin/usernet, static
 	$(GOBUILD) -o bin/usernet ./cmd/usernet
@@ -34,7 +35,15 @@ race: ## every test with the race detector (needs a C compiler)
 fuzz: ## each fuzz target for FUZZTIME (30s)
 	@FUZZTIME=$(FUZZTIME) .ci/test fuzz
 
-bench: ## the packages' microbenchmarks
+bench: build ## usernet beside slirp4netns, pasta and rootlesskit: half an hour; BENCHFLAGS=-help
+	@bench/setup
+	@$(GOBUILD) -o bin/bench ./bench
+	@bin/bench $(BENCHFLAGS)
+
+bench-quick: BENCHFLAGS += -quick
+bench-quick: bench ## the core of it in under three minutes
+
+microbench: ## the packages' microbenchmarks
 	$(GO) test -run '^$$' -bench . -benchmem ./...
 
 lint: ## gofmt, go vet, staticcheck, and who may import whom
