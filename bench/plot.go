@@ -9,9 +9,10 @@ import (
 	"gonum.org/v1/plot/plotter"
 	"gonum.org/v1/plot/plotutil"
 	"gonum.org/v1/plot/vg"
+	"gonum.org/v1/plot/vg/draw"
 )
 
-// A chart is bars: a group for each axis, a bar for each contender.
+// A chart is bars: a group for each axis, a bar for each contender, as high as the median, with a line from min to max.
 type chart struct {
 	file, title string
 	metric      metric
@@ -70,15 +71,17 @@ func (c chart) draw(r *report, file string) error {
 	}
 	var names []string
 	var bars []plotter.Values
+	var spreads [][]*figure
 	for _, name := range contenderNames() {
-		values, any := make(plotter.Values, len(labels)), false
+		values, figures, any := make(plotter.Values, len(labels)), make([]*figure, len(labels)), false
 		for i, a := range labels {
 			if v := r.median(a, c.mtu, name, c.metric); !math.IsNaN(v) {
 				values[i], any = v, true
+				figures[i] = r.find(a, c.mtu, name).Figures[c.metric.unit]
 			}
 		}
 		if any {
-			names, bars = append(names, name), append(bars, values)
+			names, bars, spreads = append(names, name), append(bars, values), append(spreads, figures)
 		}
 	}
 	p := plot.New()
@@ -93,16 +96,42 @@ func (c chart) draw(r *report, file string) error {
 		bar.LineStyle.Width = 0
 		bar.Color = plotutil.Color(i)
 		bar.Offset = width * vg.Length(float64(i)-float64(len(bars)-1)/2)
-		p.Add(bar)
+		p.Add(bar, spread{spreads[i], bar.Offset})
 		p.Legend.Add(names[i], bar)
 	}
-	p.Add(plotter.NewGrid())
 	p.NominalX(labels...)
 	p.Y.Min = 0
-	p.Y.Max *= 1.25 // the legend's room
 	if p.Y.Max == 0 {
 		p.Y.Max = 1 // nothing was lost by anybody
 	}
-	size := vg.Length(len(labels)) * (width*vg.Length(len(bars)) + vg.Points(40))
-	return p.Save(max(size+vg.Points(60), vg.Points(300)), vg.Points(260), file)
+	// The legend has the room of a group and a half beside the bars.
+	group := max(width*vg.Length(len(bars))+vg.Points(30), vg.Points(80))
+	p.X.Min, p.X.Max = -0.5, float64(len(labels))+1
+	return p.Save(group*vg.Length(float64(len(labels))+1.5)+vg.Points(50), vg.Points(260), file)
+}
+
+// A spread draws the lines from min to max on the bars of a contender.
+type spread struct {
+	figures []*figure // by group; nil: none
+	offset  vg.Length
+}
+
+func (s spread) Plot(c draw.Canvas, p *plot.Plot) {
+	x, y := p.Transforms(&c)
+	for i, f := range s.figures {
+		if f != nil {
+			at := x(float64(i)) + s.offset
+			c.StrokeLine2(plotter.DefaultLineStyle, at, y(f.Min), at, y(f.Max))
+		}
+	}
+}
+
+// DataRange makes room for the maxima.
+func (s spread) DataRange() (xmin, xmax, ymin, ymax float64) {
+	for _, f := range s.figures {
+		if f != nil {
+			ymax = max(ymax, f.Max)
+		}
+	}
+	return 0, float64(len(s.figures) - 1), 0, ymax
 }
