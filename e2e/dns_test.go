@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/miekg/dns"
 )
@@ -126,6 +127,28 @@ func TestResolverFailover(t *testing.T) {
 				t.Errorf("by TCP got %q, want the answer of %s", out, working)
 			}
 		})
+	}
+}
+
+// Only the first question waits for resolvers that are dead.
+func TestDeadResolversAreRemembered(t *testing.T) {
+	needs(t, "dig")
+	serveDNS(t, outsideAddr4)
+	c := connected(t, "--dns", deadAddr4, "--dns", "192.0.2.2", "--dns", outsideAddr4)
+	ask := func() time.Duration {
+		t.Helper()
+		start := time.Now()
+		out := c.must(t, "dig", "+short", "+time=15", "+tries=1", "@"+resolver4, "who.test", "TXT")
+		if strings.TrimSpace(out) != `"`+outsideAddr4+`"` {
+			t.Errorf("got %q", out)
+		}
+		return time.Since(start)
+	}
+	first := ask()
+	for range 3 {
+		if again := ask(); again > first/2 {
+			t.Errorf("%v after %v for the first", again, first)
+		}
 	}
 }
 

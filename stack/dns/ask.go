@@ -49,6 +49,7 @@ func (s *Server) ask(ctx context.Context, network string, q *question) []byte {
 	}
 
 	var refusal []byte
+	var silent []reply // those that patience ran out with
 	for next(); pending > 0; {
 		select {
 		case r := <-replies:
@@ -60,6 +61,9 @@ func (s *Server) ask(ctx context.Context, network string, q *question) []byte {
 			} else {
 				s.health.answered(network, r.server)
 				if !refuses(r.answer) {
+					for _, other := range silent {
+						s.health.beaten(network, other.server, other.asked)
+					}
 					return r.answer
 				}
 				if refusal == nil {
@@ -70,6 +74,7 @@ func (s *Server) ask(ctx context.Context, network string, q *question) []byte {
 		case <-patience.C:
 			s.stats.timeouts.Add(1)
 			s.health.missed(network, last.server, last.asked, nil)
+			silent = append(silent, last)
 			if !next() && refusal != nil {
 				return refusal
 			}

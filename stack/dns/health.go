@@ -8,8 +8,9 @@ import (
 	"time"
 )
 
-// strikes is how many questions in a row an upstream may leave unanswered before it counts as dead. One alone may
-// be about a zone whose servers are down: a healthy resolver is as silent about that.
+// strikes is how many questions in a row an upstream may leave unanswered before it counts as dead, where no other
+// one answered them either. One alone may be about a zone whose servers are down: a healthy resolver is as silent
+// about that. Where another one had the answer, one is enough.
 const strikes = 2
 
 // health remembers which upstreams do not answer, so that not every question waits for them. A dead one is asked
@@ -90,9 +91,24 @@ func (h *health) missed(network string, server netip.AddrPort, asked time.Time, 
 	if st.answered.After(asked) {
 		return // other questions, asked later perhaps
 	}
-	if st.silent++; st.silent < strikes {
-		return
+	if st.silent++; st.silent >= strikes {
+		h.buryLocked(network, server, err)
 	}
+}
+
+// beaten is told of a question that was asked at the time given and left unanswered, and that another server
+// answered: each further question would wait as long.
+func (h *health) beaten(network string, server netip.AddrPort, asked time.Time) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.of(network, server).answered.After(asked) {
+		h.buryLocked(network, server, nil)
+	}
+}
+
+// buryLocked makes the server one that is asked last for a while.
+func (h *health) buryLocked(network string, server netip.AddrPort, err error) {
+	st := h.of(network, server)
 	if st.until.IsZero() {
 		h.log.Info("resolver does not answer", "server", server, "network", network, "err", err)
 	}

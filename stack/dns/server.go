@@ -47,7 +47,7 @@ type Config struct {
 	// than half of what a client waits before it gives up on us.
 	AttemptTimeout time.Duration
 
-	// DeadTime is how long an upstream that stays silent is asked last. Default 30 s.
+	// DeadTime is how long an upstream that stays silent where another one answers is asked last. Default 30 s.
 	DeadTime time.Duration
 
 	// IdleTimeout closes a TCP connection without a new question (RFC 7766 §6.2.3); a question counts
@@ -157,8 +157,13 @@ func (s *Server) Stats() Stats {
 	}
 }
 
+// settle is how long Serve goes on without a socket that has failed, for ctx to end: a socket fails as a rule because
+// the network below it ends, and whoever ends that knows the cause and says it. It is much longer than
+// such an end takes.
+const settle = time.Second
+
 // Serve answers what arrives on pcs and lns until ctx ends, and returns nil then, or until one of them
-// fails. It owns them: all are closed, and all that it started has ended, when it returns.
+// fails and ctx does not end soon after. It owns them: all are closed, and all that it started has ended, when it returns.
 func (s *Server) Serve(ctx context.Context, pcs []net.PacketConn, lns []net.Listener) error {
 	outer := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -166,6 +171,7 @@ func (s *Server) Serve(ctx context.Context, pcs []net.PacketConn, lns []net.List
 	for _, pc := range pcs {
 		wg.Go(func() {
 			if err := s.servePacket(ctx, pc); err != nil {
+				wait(ctx, settle)
 				cancel(err)
 			}
 		})
@@ -173,6 +179,7 @@ func (s *Server) Serve(ctx context.Context, pcs []net.PacketConn, lns []net.List
 	for _, ln := range lns {
 		wg.Go(func() {
 			if err := s.serveStream(ctx, ln); err != nil {
+				wait(ctx, settle)
 				cancel(err)
 			}
 		})

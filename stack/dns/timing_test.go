@@ -49,7 +49,7 @@ func TestWithoutUpstreamsTheAnswerIsAtOnce(t *testing.T) {
 	})
 }
 
-// Two questions find out that the first upstream is dead; the others need not wait, until its time is over and one
+// One question finds out that the first upstream is dead; the others need not wait, until its time is over and one
 // question tries it again.
 func TestDeadUpstreamIsRemembered(t *testing.T) {
 	alive := false
@@ -69,7 +69,6 @@ func TestDeadUpstreamIsRemembered(t *testing.T) {
 				t.Fatalf("%s after %v, want %s after %v", got, time.Since(start), want, after)
 			}
 		}
-		ask(second, 2*time.Second)
 		ask(second, 2*time.Second)
 		ask(second, 0)
 		time.Sleep(29 * time.Second)
@@ -96,28 +95,79 @@ func TestDeadUpstreamIsRemembered(t *testing.T) {
 	})
 }
 
-// One question that its upstream has no answer to says nothing about the upstream.
-func TestOneSilenceIsNoDeath(t *testing.T) {
-	var n atomic.Int32
+// Two dead upstreams before one that lives cost the first question their time, and the next one nothing.
+func TestDeadUpstreamsCostOneQuestion(t *testing.T) {
+	third := netip.MustParseAddrPort("203.0.113.53:53")
 	reply := func(_ string, server netip.AddrPort, q *dns.Msg) *dns.Msg {
-		if server == first && n.Add(1)%2 == 1 {
+		if server != third {
 			return nil
 		}
 		return says(server.Addr().String(), q)
 	}
-	inVirtualTime(t, with(first, second), reply, func(t *testing.T, w world) {
-		for i := range 6 {
+	inVirtualTime(t, with(first, second, third), reply, func(t *testing.T, w world) {
+		for i, want := range []time.Duration{4 * time.Second, 0, 0} {
+			start := time.Now()
 			w.pc.ask(t, "10.0.2.100", 1)
-			m, _ := w.pc.answer(t)
-			want := second
-			if i%2 == 1 {
-				want = first
-			}
-			if got := address(t, m); got != want.Addr().String() {
-				t.Errorf("question %d: %s", i, got)
+			if m, _ := w.pc.answer(t); address(t, m) != third.Addr().String() || time.Since(start) != want {
+				t.Errorf("question %d: %v after %v, want %v", i, m, time.Since(start), want)
 			}
 		}
 	})
+}
+
+// An answer that comes late is an answer: its upstream lives, and the one that was asked meanwhile does too.
+func TestLateAnswerIsNoDeath(t *testing.T) {
+	reply := func(_ string, server netip.AddrPort, q *dns.Msg) *dns.Msg {
+		if server == second {
+			return nil
+		}
+		time.Sleep(3 * time.Second)
+		return says(server.Addr().String(), q)
+	}
+	inVirtualTime(t, with(first, second), reply, func(t *testing.T, w world) {
+		for range 3 {
+			start := time.Now()
+			w.pc.ask(t, "10.0.2.100", 1)
+			if m, _ := w.pc.answer(t); address(t, m) != first.Addr().String() || time.Since(start) != 3*time.Second {
+				t.Errorf("%v after %v", m, time.Since(start))
+			}
+		}
+	})
+}
+
+// One question that nobody has an answer to says nothing about the upstreams, nor does one that another refuses.
+func TestOneSilenceIsNoDeath(t *testing.T) {
+	for name, other := range map[string]func(q *dns.Msg) *dns.Msg{
+		"silence": func(*dns.Msg) *dns.Msg { return nil },
+		"refusal": func(q *dns.Msg) *dns.Msg { return new(dns.Msg).SetRcode(q, dns.RcodeServerFailure) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			var n atomic.Int32
+			reply := func(_ string, server netip.AddrPort, q *dns.Msg) *dns.Msg {
+				switch {
+				case server == first && n.Add(1)%2 == 0:
+					return says(server.Addr().String(), q)
+				case server == first:
+					return nil
+				}
+				return other(q)
+			}
+			inVirtualTime(t, with(first, second), reply, func(t *testing.T, w world) {
+				for i := range 6 {
+					start := time.Now()
+					w.pc.ask(t, "10.0.2.100", 1)
+					m, _ := w.pc.answer(t)
+					if i%2 == 0 {
+						if m.Rcode != dns.RcodeServerFailure {
+							t.Errorf("question %d: %v", i, m)
+						}
+					} else if address(t, m) != first.Addr().String() || time.Since(start) != 0 {
+						t.Errorf("question %d: %v after %v", i, m, time.Since(start))
+					}
+				}
+			})
+		})
+	}
 }
 
 // Nor do many, if it answers others meanwhile.
@@ -415,6 +465,34 @@ func TestReadGoesOn(t *testing.T) {
 			t.Errorf("Serve: %v", err)
 		}
 	})
+}
+
+// Where the network below ends, its sockets fail before ctx does, and it is not for us to say why.
+func TestEndOfTheNetworkIsNoFailure(t *testing.T) {
+	for name, close := range map[string]func(*fakePacketConn, *fakeListener){
+		"UDP": func(pc *fakePacketConn, _ *fakeListener) { pc.Close() },
+		"TCP": func(_ *fakePacketConn, ln *fakeListener) { ln.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, err := New(with(first))
+				if err != nil {
+					t.Fatal(err)
+				}
+				pc := &fakePacketConn{in: make(chan packet), closed: make(chan struct{})}
+				ln := &fakeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+				ctx, cancel := context.WithCancel(t.Context())
+				done := make(chan error)
+				go func() { done <- s.Serve(ctx, []net.PacketConn{pc}, []net.Listener{ln}) }()
+				close(pc, ln)
+				time.Sleep(settle / 2)
+				cancel()
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
 }
 
 type tiredPacketConn struct {
