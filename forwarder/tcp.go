@@ -33,6 +33,7 @@ type tcpCounts struct {
 	dialling, flows   atomic.Int64
 	dialled, failed   atomic.Uint64
 	refused, timedOut atomic.Uint64
+	forbidden         atomic.Uint64
 	dropped           atomic.Uint64
 }
 
@@ -40,10 +41,11 @@ type tcpCounts struct {
 type TCPStats struct {
 	Dialling, Flows     int    // now
 	Dialled             uint64 // dials that succeeded
+	Forbidden           uint64 // SYNs refused by the policy
 	Refused             uint64 // dials answered with ECONNREFUSED
 	TimedOut            uint64 // dials that nobody answered, or that the container gave up
 	Failed              uint64 // dials that failed otherwise
-	Dropped             uint64 // SYNs dropped by policy, or because there was no file left
+	Dropped             uint64 // SYNs dropped by the policy, or because there was no file left
 	Aborted             uint64 // flows ended by RST or an error of either end
 	OctetsOut, OctetsIn uint64 // container → host, host → container
 }
@@ -52,7 +54,7 @@ func (f *Forwarder) tcpStats() TCPStats {
 	c, r := &f.tcp, f.relay.Stats()
 	return TCPStats{
 		Dialling: int(c.dialling.Load()), Flows: int(c.flows.Load()),
-		Dialled: c.dialled.Load(), Refused: c.refused.Load(), TimedOut: c.timedOut.Load(),
+		Dialled: c.dialled.Load(), Forbidden: c.forbidden.Load(), Refused: c.refused.Load(), TimedOut: c.timedOut.Load(),
 		Failed: c.failed.Load(), Dropped: c.dropped.Load(),
 		Aborted: uint64(r.Aborted), OctetsOut: r.OctetsOut, OctetsIn: r.OctetsIn,
 	}
@@ -72,7 +74,7 @@ func (f *Forwarder) ServeTCP(ctx context.Context, r *stack.TCPRequest) {
 		r.Reject(errSilent)
 		return
 	case Refuse:
-		c.refused.Add(1)
+		c.forbidden.Add(1)
 		r.Reject(verdict.Reason)
 		return
 	}
@@ -126,7 +128,24 @@ func (f *Forwarder) dialTCP(ctx context.Context, dst netip.AddrPort) (int, error
 		unix.Close(fd)
 		return -1, err
 	}
+	if selfConnected(fd, dst) {
+		abortSocket(fd)
+		return -1, os.NewSyscallError("connect", unix.ECONNREFUSED)
+	}
 	return fd, nil
+}
+
+// selfConnected tells whether a socket is connected to itself, which a dial to a port of the host's own
+// that nobody listens on is when the kernel happens to choose that very port for its source (RFC 9293
+// §3.5, simultaneous open).
+func selfConnected(fd int, dst netip.AddrPort) bool {
+	switch sa, _ := unix.Getsockname(fd); sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		return sa.Port == int(dst.Port()) && sa.Addr == dst.Addr().As4()
+	case *unix.SockaddrInet6:
+		return sa.Port == int(dst.Port()) && sa.Addr == dst.Addr().As16()
+	}
+	return false
 }
 
 // countDial books a dial that failed.

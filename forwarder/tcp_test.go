@@ -34,6 +34,7 @@ func newTCPWorld(t *testing.T, cfg Config) *tcpWorld {
 	cfg.Policy = Policy{
 		Subnet4: netip.MustParsePrefix("10.0.2.0/24"), Subnet6: netip.MustParsePrefix("fd00::/64"),
 		Gateway4: netip.MustParseAddr("10.0.2.2"), Gateway6: netip.MustParseAddr("fd00::2"),
+		DNS4:         netip.MustParseAddr("10.0.2.3"),
 		HostLoopback: true,
 	}
 	f, err := New(cfg)
@@ -42,6 +43,7 @@ func newTCPWorld(t *testing.T, cfg Config) *tcpWorld {
 	gw, err := stack.New(stack.Config{
 		MTU: 65520, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1},
 		Gateway4: netip.MustParsePrefix("10.0.2.2/24"), Gateway6: netip.MustParsePrefix("fd00::2/64"),
+		Extra: []netip.Addr{netip.MustParseAddr("10.0.2.3")},
 	}, []stack.Device{a}, f)
 	check(t, err)
 	f.Bind(gw)
@@ -160,15 +162,30 @@ func TestTCPRefused(t *testing.T) {
 	if _, err := w.dial(w.f.cfg.Policy.Gateway4, port); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("a closed port: %v", err)
 	}
-	if _, err := w.dial(netip.MustParseAddr("10.0.2.77"), 80); !errors.Is(err, unix.EHOSTUNREACH) {
-		t.Errorf("an address that nobody has: %v", err)
+	if _, err := w.dial(w.f.cfg.Policy.DNS4, 80); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("another port of the resolver's: %v", err)
 	}
 	// The tests' namespace has no route to the world.
 	if _, err := w.dial(netip.MustParseAddr("203.0.113.1"), 80); !errors.Is(err, unix.ENETUNREACH) {
 		t.Errorf("a world that the host cannot reach: %v", err)
 	}
-	if st := w.f.Stats().TCP; st.Dialled != 0 || st.Refused < 2 {
+	if st := w.f.Stats().TCP; st.Dialled != 0 || st.Refused != 1 || st.Forbidden != 1 || st.Failed != 1 {
 		t.Errorf("counted %+v", st)
+	}
+}
+
+// A port of the host's own that nobody listens on is refused also when the kernel chooses it as the source.
+func TestTCPSelfConnect(t *testing.T) {
+	// Two ports to choose from: every other dial would meet itself.
+	sysctl(t, "net.ipv4.ip_local_port_range", "45000 45001")
+	w := newTCPWorld(t, Config{})
+	for range 50 {
+		if c, err := w.dial(w.f.cfg.Policy.Gateway4, 45000); !errors.Is(err, unix.ECONNREFUSED) {
+			if c != nil {
+				c.Close()
+			}
+			t.Fatalf("dial: %v, want ECONNREFUSED", err)
+		}
 	}
 }
 

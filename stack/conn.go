@@ -39,7 +39,7 @@ type Conn struct {
 
 func newConn(s *Stack, ep tcpip.Endpoint, wq *waiter.Queue, local, remote netip.AddrPort) *Conn {
 	c := &Conn{s: s, ep: ep, wq: wq, local: local, remote: remote}
-	s.setEndpointOptions(ep)
+	s.setEndpointOptions(ep, s.conns.Add(1))
 	return c
 }
 
@@ -198,6 +198,7 @@ func (f *feeder) Read(p []byte) (int, error) {
 func (c *Conn) Close() error {
 	c.closeOnce.Do(func() {
 		c.unregister()
+		c.s.conns.Add(-1)
 		c.ep.Close()
 		c.readDeadline.close()
 		c.writeDeadline.close()
@@ -209,6 +210,7 @@ func (c *Conn) Close() error {
 func (c *Conn) Abort() {
 	c.closeOnce.Do(func() {
 		c.unregister()
+		c.s.conns.Add(-1)
 		c.ep.Abort()
 		c.ep.Close()
 		c.readDeadline.close()

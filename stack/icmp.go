@@ -28,7 +28,7 @@ func (r *reader) echo4(f *frame) bool {
 	return true
 }
 
-// icmp6 does the same for ICMPv6, and answers router solicitations.
+// icmp6 does the same for ICMPv6, answers router solicitations, and looks at neighbour discovery.
 func (r *reader) icmp6(f *frame) bool {
 	h := f.transport()
 	if len(h) < header.ICMPv6MinimumSize {
@@ -46,6 +46,10 @@ func (r *reader) icmp6(f *frame) bool {
 		if f.ttl == 255 {
 			r.s.advertise()
 		}
+		return true
+	}
+	if !r.s.discovery(f, h) {
+		r.s.stats.NotForUs.Add(1)
 		return true
 	}
 	return false

@@ -142,6 +142,10 @@ func (r *reader) frame(n int) {
 		c.NotForUs.Add(1)
 		return
 	}
+	if f.ethertype == uint16(header.ARPProtocolNumber) && !r.s.arp(f.head[ethernetLen:]) {
+		c.NotForUs.Add(1)
+		return
+	}
 	if f.src.IsValid() {
 		if !r.learn(f.src, hardwareAddr(f.head[6:12])) {
 			c.Malformed.Add(1)
@@ -186,6 +190,12 @@ func (r *reader) dispatch(f *frame) bool {
 		return r.echo4(f)
 	case uint8(header.ICMPv6ProtocolNumber):
 		return r.icmp6(f)
+	case uint8(header.TCPProtocolNumber):
+	default:
+		if f.src.Is6() && f.hidesDiscovery() {
+			r.s.stats.NotForUs.Add(1)
+			return true
+		}
 	}
 	return false
 }
@@ -207,18 +217,14 @@ func (r *reader) datagram(f *frame) bool {
 		return false
 	}
 	length := f.ipPayloadLen() - header.UDPMinimumSize
-	switch {
-	case f.vnet.gsoType&^vnetGSOECN == vnetGSOUDPL4:
+	segment := 0
+	if f.vnet.gsoType&^vnetGSOECN == vnetGSOUDPL4 {
 		// A train: the kernel leaves the whole super-datagram's length in the UDP header.
-		d.Segment = int(f.vnet.gsoSize)
-		if d.Segment == 0 || length == 0 || (length+d.Segment-1)/d.Segment > batchLen {
+		if segment = int(f.vnet.gsoSize); segment == 0 || length == 0 {
 			r.s.stats.Malformed.Add(1)
 			return true
 		}
-		if length <= d.Segment {
-			d.Segment = 0
-		}
-	default:
+	} else {
 		l := int(udp.Length()) - header.UDPMinimumSize
 		if l < 0 || l > length {
 			r.s.stats.Malformed.Add(1)
@@ -226,24 +232,50 @@ func (r *reader) datagram(f *frame) bool {
 		}
 		length = l // octets behind it are padding of a short Ethernet frame
 	}
-	p := &r.pieces[len(r.batch)]
 	first := h[header.UDPMinimumSize:]
-	if length <= len(first) {
-		p[0] = first[:length]
-		d.Payload = p[:1]
+	if segment == 0 || length <= segment*batchLen {
+		if length > segment {
+			d.Segment = segment
+		}
+		r.append(d, first, f.tail, 0, length)
 	} else {
-		p[0], p[1] = first, f.tail[:length-len(first)]
-		d.Payload = p[:2]
+		// Kernels since Linux 6.9 make trains of up to 128, which is more than a Datagram may be.
+		for from := 0; from < length; from += segment * batchLen {
+			n := min(segment*batchLen, length-from)
+			d.Segment = 0
+			if n > segment {
+				d.Segment = segment
+			}
+			r.append(d, first, f.tail, from, n)
+		}
 	}
-	r.s.stats.DatagramsIn.Add(1)
-	if r.s.gatewayUDP(&d) {
-		return true
-	}
-	r.batch = append(r.batch, d)
 	if len(f.tail) > 0 {
 		r.flush() // the one tail is needed for the next frame
 	}
 	return true
+}
+
+// append puts n octets, from on, of the payload that lies in first and tail, into the batch.
+func (r *reader) append(d Datagram, first, tail []byte, from, n int) {
+	if len(r.batch) == batchLen {
+		r.flush()
+	}
+	p := &r.pieces[len(r.batch)]
+	switch {
+	case from+n <= len(first):
+		p[0] = first[from : from+n]
+		d.Payload = p[:1]
+	case from >= len(first):
+		p[0] = tail[from-len(first) : from-len(first)+n]
+		d.Payload = p[:1]
+	default:
+		p[0], p[1] = first[from:], tail[:n-(len(first)-from)]
+		d.Payload = p[:2]
+	}
+	r.s.stats.DatagramsIn.Add(1)
+	if !r.s.gatewayUDP(&d) {
+		r.batch = append(r.batch, d)
+	}
 }
 
 // toNetstack gives f to netstack as a packet of its own.

@@ -54,7 +54,8 @@ type Config struct {
 	DHCP func(request []byte) (reply []byte, to netip.AddrPort, ok bool)
 
 	// MaxDials is how many SYNs may wait for an answer at once, and MaxDialsPerHost how many of them to
-	// one address, so that a black hole cannot stop the rest. 0: 4096, and an eighth of MaxDials.
+	// one address, so that a black hole cannot stop the rest. 0: 4096, and an eighth of MaxDials. When
+	// all places are taken, an address that has fewer than another takes one of that other's.
 	MaxDials, MaxDialsPerHost int
 
 	// Log gets life events at Info and flows at Debug; nil discards.
@@ -76,7 +77,8 @@ type Stack struct {
 	listeners sync.Map            // netip.AddrPort of UDP ports taken by ListenPacket
 	tcp       *tcpRequests
 
-	peekers    sync.Pool // *peeker
+	conns      atomic.Int64 // that stand
+	peekers    sync.Pool    // *peeker
 	neighbours neighbours
 	stats      counters
 	ipID       atomic.Uint32
@@ -91,6 +93,7 @@ func New(cfg Config, devs []Device, h Handler) (*Stack, error) {
 	if len(devs) == 0 {
 		return nil, errors.New("stack: no device")
 	}
+	silenceNetstack()
 	s := &Stack{
 		cfg: cfg, log: cfg.Log, devs: devs, handler: h,
 		mac: hardwareAddr(cfg.MAC),

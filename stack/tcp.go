@@ -72,7 +72,7 @@ func newTCPRequests(s *Stack) *tcpRequests {
 	}
 	// Our own limits come first; netstack's must never be the one that drops a SYN. The
 	// window is the receive buffer's default.
-	t.fwd = tcp.NewForwarder(s.ns, 0, s.cfg.MaxDials+1, t.serve)
+	t.fwd = tcp.NewForwarder(s.ns, 0, 2*s.cfg.MaxDials+1, t.serve)
 	return t
 }
 
@@ -160,7 +160,7 @@ func (t *tcpRequests) admit(id stack.TransportEndpointID, h header.TCP, pkt *sta
 		return false
 	}
 	t.s.stats.SYNs.Add(1)
-	if len(t.pending) >= t.s.cfg.MaxDials || t.perHost[id.LocalAddress] >= t.s.cfg.MaxDialsPerHost {
+	if t.perHost[id.LocalAddress] >= t.s.cfg.MaxDialsPerHost || len(t.pending) >= t.s.cfg.MaxDials && !t.makeRoomLocked(id.LocalAddress) {
 		t.s.stats.SYNsOverLimit.Add(1)
 		return false
 	}
@@ -185,6 +185,30 @@ func (t *tcpRequests) admit(id stack.TransportEndpointID, h header.TCP, pkt *sta
 	t.running.Add(1)
 	return true
 }
+
+// makeRoomLocked ends a dial to an address that has more of them than addr will have. The container repeats
+// that one's SYN. The place is free when its handler has returned, so that for a moment there is
+// one more than MaxDials; past twice as many there is no room at all.
+func (t *tcpRequests) makeRoomLocked(addr tcpip.Address) bool {
+	if len(t.pending) >= 2*t.s.cfg.MaxDials {
+		return false
+	}
+	looked := 0
+	for _, r := range t.pending { // in random order
+		if t.perHost[r.id.LocalAddress] > t.perHost[addr]+1 && r.ctx.Err() == nil {
+			r.cancel()
+			return true
+		}
+		if looked++; looked == maxLook {
+			break
+		}
+	}
+	return false
+}
+
+// maxLook is how many dials are looked at to find one that can be spared: with every place taken by
+// hosts that have as few as the newcomer, there is none, and a flood of SYNs must not make it a long search.
+const maxLook = 64
 
 // repeated notes a SYN that was sent again; the next one is due after at most twice the gap.
 func (r *TCPRequest) repeated(now time.Time) {

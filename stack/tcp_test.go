@@ -333,6 +333,35 @@ func TestDialsAreShared(t *testing.T) {
 	}
 }
 
+// When black holes have taken all places, an address without a dial still gets one.
+func TestNewcomerGetsADial(t *testing.T) {
+	var waiting atomic.Int32
+	newcomer := netip.MustParseAddr("203.0.113.99")
+	p := newPair(t, allOffloads, &handler{tcp: func(ctx context.Context, r *stack.TCPRequest) {
+		if r.Dst.Addr() == newcomer {
+			r.Reject(unix.ECONNREFUSED)
+			return
+		}
+		waiting.Add(1)
+		<-ctx.Done()
+		r.Reject(ctx.Err())
+	}}, func(gw, _ *stack.Config, _, _ *taptest.PipeEnd) { gw.MaxDials, gw.MaxDialsPerHost = 40, 5 })
+	for i := range 40 {
+		a := netip.AddrPortFrom(container4.Addr(), uint16(5000+i))
+		b := netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 51, 100, byte(i % 8)}), 80)
+		p.guestEnd.Write([][]byte{make([]byte, stack.HeaderLen), tcpFrame(a, b, 1, 0, 0x02)})
+	}
+	for waiting.Load() < 40 {
+		time.Sleep(time.Millisecond)
+	}
+	if _, err := p.dial(testContext(t), netip.AddrPortFrom(newcomer, 80)); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("dial: %v", err)
+	}
+	if st := p.gateway.Stats(); st.SYNsOverLimit != 0 {
+		t.Errorf("%d SYNs were dropped, the newcomer's among them", st.SYNsOverLimit)
+	}
+}
+
 func TestAbortIsReset(t *testing.T) {
 	for _, from := range []string{"container", "gateway"} {
 		t.Run(from, func(t *testing.T) {

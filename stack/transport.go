@@ -4,8 +4,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"net/netip"
+	"sync"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/log"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
@@ -20,6 +22,12 @@ const (
 	minBuffer     = 4 << 10
 	defaultBuffer = 1 << 20 // enough for 8 Gbit/s at 1 ms, before netstack lets it grow
 	maxBuffer     = 8 << 20 // 640 Mbit/s at 100 ms
+
+	// fullBuffers is how many connections may have buffers up to maxBuffer. Those beyond have less, by
+	// the square of how many there are, down to leastBuffer (two super-segments): whatever a
+	// container leaves unread, it costs no more than half a GiB each way and leastBuffer for each connection.
+	fullBuffers = 32
+	leastBuffer = 128 << 10
 
 	// timeWait: frames do not linger on a TAP, so a tuple is free again long before 2 MSL
 	// of RFC 9293 §3.3.2; 10 000 short connections would be remembered for a minute else.
@@ -51,9 +59,23 @@ func (s *Stack) setTCPOptions() {
 	}
 }
 
-// setEndpointOptions is for each connection. Nagle's delay is the sender's business, not a relay's.
-func (s *Stack) setEndpointOptions(ep tcpip.Endpoint) {
+// bufferFor is the largest buffer of the nth connection that stands at once.
+func bufferFor(n int64) int64 {
+	if n <= fullBuffers {
+		return maxBuffer
+	}
+	return max(maxBuffer*fullBuffers/n*fullBuffers/n, leastBuffer)
+}
+
+// setEndpointOptions is for each connection, the nth that stands. Nagle's delay is the sender's business,
+// not a relay's.
+func (s *Stack) setEndpointOptions(ep tcpip.Endpoint, n int64) {
 	o := ep.SocketOptions()
+	if size := bufferFor(n); size < maxBuffer {
+		// Setting a size also keeps netstack from letting it grow.
+		o.SetReceiveBufferSize(min(size, defaultBuffer), true)
+		o.SetSendBufferSize(min(size, defaultBuffer), true)
+	}
 	o.SetDelayOption(false)
 	o.SetKeepAlive(true)
 	idle := tcpip.KeepaliveIdleOption(keepaliveIdle)
@@ -165,5 +187,13 @@ func (s *Stack) gatewayUDP(d *Datagram) bool {
 	}
 	return true
 }
+
+// silenceNetstack keeps netstack from writing to standard error, which is the user's: what a container
+// sends must not be able to write there. What matters of it is counted.
+var silenceNetstack = sync.OnceFunc(func() { log.SetTarget(noLog{}) })
+
+type noLog struct{}
+
+func (noLog) Emit(int, log.Level, time.Time, string, ...any) {}
 
 func isErrno(err error, want error) bool { return errors.Is(err, want) }
