@@ -166,7 +166,7 @@ func (w where) begin(t testing.TB, args ...string) *usernet {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	args = append(append([]string{binary, "--ready-fd", "3", "--log-level", "debug"}, noSandbox()...), args...)
+	args = append([]string{binary, "--ready-fd", "3", "--log-level", "debug"}, args...)
 	u := &usernet{w.start(t, func(cmd *exec.Cmd) { cmd.ExtraFiles = []*os.File{writer} }, args...)}
 	writer.Close()
 	ready := make(chan string, 1)
@@ -188,15 +188,7 @@ func (w where) begin(t testing.TB, args ...string) *usernet {
 
 // runLine is the command line of usernet run.
 func runLine(args ...string) []string {
-	return append(append([]string{binary, "run"}, noSandbox()...), args...)
-}
-
-// noSandbox: the race detector needs cgo, and with its threads there is no sandbox.
-func noSandbox() []string {
-	if raceDetector {
-		return []string{"--no-sandbox"}
-	}
-	return nil
+	return append([]string{binary, "run"}, args...)
 }
 
 // end asks usernet to end, and expects status 0.

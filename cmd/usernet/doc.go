@@ -14,5 +14,6 @@
 //	life.go      what ends a life: signals, a hung-up descriptor, the namespace's end
 //	fds.go       descriptors and files given by flags
 //	stats.go     what was counted, in the log at the end
-//	sandbox.go   what the process gives up once all is open; caps.go, root.go, landlock.go, seccomp.go its parts
+//	sandbox.go   what the process gives up once all is open; caps.go, root.go, landlock.go, seccomp.go its parts,
+//	             cgo.go and nocgo.go whether there can be one
 package main

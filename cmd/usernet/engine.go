@@ -209,6 +209,7 @@ func (e *engine) stackConfig() (stack.Config, error) {
 		MTU: e.tap.MTU(), MAC: p.gatewayMAC(),
 		Gateway4: withLen(p.gateway4, p.net4), Gateway6: withLen(p.gateway6, p.net6),
 		Extra:     valid(p.dns4, p.dns6, p.host6),
+		MaxDials:  e.forward.MaxDials(),
 		LinkLocal: p.linkLocal,
 		Log:       e.log,
 	}
@@ -228,7 +229,7 @@ func (e *engine) stackConfig() (stack.Config, error) {
 		if o.dns {
 			r.DNS = []netip.Addr{p.dns6}
 		}
-		c.Advertisement = ra.Advertisement(r)
+		c.Advertisement, c.AdvertInterval, c.IsSolicitation = ra.Advertisement(r), ra.Interval, ra.IsSolicitation
 	}
 	return c, nil
 }

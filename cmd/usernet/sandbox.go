@@ -22,7 +22,8 @@ import (
 //	seccomp       the system calls of the table, and no other
 //
 // Each holds for all threads: Go moves goroutines between them. syscall.AllThreadsSyscall repeats a
-// call on each one, which it can only without cgo.
+// call on each one, which it can only without cgo. With cgo nothing of it is done, for half of it is worse:
+// C's library makes threads by clone3 and aborts the process where the table refuses that.
 
 // A confinement is what the process may still do afterwards.
 type confinement struct {
@@ -40,6 +41,10 @@ type confinement struct {
 // confine gives up everything that c does not name. What the host refuses is warned of, and the rest is
 // done all the same: a container with less protection is what --no-sandbox would have given.
 func confine(c confinement, log *slog.Logger) {
+	if cgoEnabled {
+		log.Warn("sandbox: left out, usernet keeps every right: it was built with cgo; build it with CGO_ENABLED=0")
+		return
+	}
 	var done []string
 	for _, step := range []struct {
 		name string
@@ -93,9 +98,6 @@ func noNewPrivs(confinement) error {
 // inherits what it did.
 func allThreads(trap, a1, a2, a3 uintptr) error {
 	_, _, errno := syscall.AllThreadsSyscall6(trap, a1, a2, a3, 0, 0, 0)
-	if errno == unix.ENOTSUP {
-		return fmt.Errorf("built with cgo, which makes threads of its own (build with CGO_ENABLED=0): %w", errno)
-	}
 	if errno != 0 {
 		return errno
 	}
