@@ -28,6 +28,13 @@ func (c TCPConfig) withDefaults(l Limits) TCPConfig {
 	return c
 }
 
+// maxDials is how many dials may hang at once. Each holds a file, and one of them is worth less than a flow that stands.
+const maxDials = 4096
+
+// MaxDials is how many SYNs the stack shall let wait for their dials: half of the flows at most, so that black
+// holes leave room for what answers.
+func (f *Forwarder) MaxDials() int { return min(maxDials, max(f.cfg.TCP.MaxFlows/2, 1)) }
+
 // tcpCounts are what ServeTCP counts; the relay counts the rest.
 type tcpCounts struct {
 	dialling, flows   atomic.Int64

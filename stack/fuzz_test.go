@@ -47,8 +47,8 @@ func FuzzFrames(f *testing.F) {
 	marker := []byte("the datagram that follows")
 	gw, err := stack.New(stack.Config{
 		MTU: 1500, MAC: gatewayMAC, Gateway4: gateway4, Gateway6: gateway6, MaxDials: 64,
-		Advertisement: make([]byte, 16),
-		DHCP:          func(b []byte) ([]byte, netip.AddrPort, bool) { return b, a4, len(b)%2 == 0 },
+		Advertisement: make([]byte, 16), IsSolicitation: func([]byte) bool { return true },
+		DHCP: func(b []byte) ([]byte, netip.AddrPort, bool) { return b, a4, len(b)%2 == 0 },
 	}, []stack.Device{gwEnd}, &handler{
 		tcp: func(_ context.Context, r *stack.TCPRequest) {
 			if r.Dst.Port()%2 == 0 {

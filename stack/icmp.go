@@ -42,8 +42,8 @@ func (r *reader) icmp6(f *frame) bool {
 		r.echo(f, h)
 		return true
 	case header.ICMPv6RouterSolicit:
-		// RFC 4861 §6.1.1: only a neighbour's hop limit is still 255.
-		if f.ttl == 255 {
+		// Only a neighbour's hop limit is still 255.
+		if is := r.s.cfg.IsSolicitation; is != nil && f.ttl == 255 && f.ipPayloadLen() == len(h) && is(h) {
 			r.s.advertise()
 		}
 		return true
@@ -73,7 +73,7 @@ func (s *Stack) SendEchoReply(e Echo) error {
 	if e.Src.Is4() != e.Dst.Is4() {
 		return unix.EAFNOSUPPORT
 	}
-	if len(e.Payload) > maxUDPPayload { // an echo's header is as long as UDP's
+	if len(e.Payload) > maxUDPPayload(e.Src) { // an echo's header is as long as UDP's
 		return unix.EMSGSIZE
 	}
 	typ := byte(header.ICMPv4EchoReply)

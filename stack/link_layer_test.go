@@ -104,7 +104,14 @@ func TestLinkAnswers(t *testing.T) {
 // arrives and seems to confirm it, and TCP's answers go to it for ever.
 func TestGroupAddressIsNotBelieved(t *testing.T) {
 	h, conns := accepting(t)
-	p := newPair(t, allOffloads, h)
+	p := newPair(t, allOffloads, h, func(_, _ *stack.Config, gw, _ *taptest.PipeEnd) {
+		gw.Lose = func(f []byte) bool {
+			if f[stack.HeaderLen+14+6] == 6 && f[stack.HeaderLen]&1 != 0 {
+				t.Errorf("TCP to a group: % x", f[stack.HeaderLen:stack.HeaderLen+6])
+			}
+			return false
+		}
+	})
 	c, g := connect(t, p, conns, world6) // the gateway knows the container now
 	c.Close()
 	g.Close()

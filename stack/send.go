@@ -11,10 +11,17 @@ import (
 const (
 	defaultTTL = 64
 
-	// maxUDPPayload is what fits the 16 bits of IPv4's total length: 65535 − 20 − 8 octets.
-	// IPv6 could take 20 more; one limit for both keeps a NAT between them honest.
-	maxUDPPayload = 65507
+	// What fits the 16 bits of IPv4's total length, 65535 − 20 − 8 octets, and of IPv6's payload length.
+	maxUDPPayload4 = 65507
+	maxUDPPayload6 = 65527
 )
+
+func maxUDPPayload(a netip.Addr) int {
+	if a.Is4() {
+		return maxUDPPayload4
+	}
+	return maxUDPPayload6
+}
 
 // SendUDP sends a datagram, or a train of them, to the container. It is safe for
 // concurrent use and keeps nothing of d. A datagram that does not fit the MTU is sent in
@@ -24,7 +31,7 @@ func (s *Stack) SendUDP(d *Datagram) error {
 	if !d.Src.IsValid() || d.Src.Addr().Is4() != d.Dst.Addr().Is4() {
 		return unix.EAFNOSUPPORT
 	}
-	if n > maxUDPPayload {
+	if n > maxUDPPayload(d.Src.Addr()) {
 		return unix.EMSGSIZE
 	}
 	s.stats.DatagramsOut.Add(1)

@@ -46,8 +46,11 @@ type Config struct {
 	LinkLocal netip.Addr
 
 	// Advertisement is the ICMPv6 router advertisement to send, its checksum not filled in.
-	// Empty: none is sent.
-	Advertisement []byte
+	// Empty: none is sent. It goes out every AdvertInterval (0: 10 minutes), and whenever the container sends an
+	// ICMPv6 message with a hop limit of 255 that IsSolicitation recognises (nil: none is).
+	Advertisement  []byte
+	AdvertInterval time.Duration
+	IsSolicitation func(icmp []byte) bool
 
 	// DHCP answers a DHCPv4 message; nil leaves DHCP unanswered. It is called by the goroutine
 	// that reads frames and must not block. to is where the answer goes, port 68 included.
@@ -142,6 +145,9 @@ func (cfg *Config) validate() error {
 	}
 	if !cfg.LinkLocal.IsValid() {
 		cfg.LinkLocal = netip.MustParseAddr("fe80::2")
+	}
+	if cfg.AdvertInterval == 0 {
+		cfg.AdvertInterval = 10 * time.Minute
 	}
 	if cfg.MaxDials == 0 {
 		cfg.MaxDials = 4096
@@ -260,7 +266,7 @@ func (s *Stack) Run(ctx context.Context) error {
 			open--
 		case <-adverts.C:
 			s.advertise()
-			adverts.Reset(advertInterval)
+			adverts.Reset(s.cfg.AdvertInterval)
 		}
 	}
 	cancel()
@@ -275,7 +281,3 @@ func (s *Stack) Run(ctx context.Context) error {
 	s.ns.Destroy()
 	return err
 }
-
-// advertInterval is how often an unasked router advertisement is sent: MaxRtrAdvInterval's
-// default (RFC 4861 §6.2.1). Nobody but the container is on the link, so it needs no jitter.
-const advertInterval = 600 * time.Second

@@ -281,6 +281,7 @@ func TestDHCPIsAsked(t *testing.T) {
 func TestRouterSolicitation(t *testing.T) {
 	adverts := make(chan []byte, 16)
 	p := newPair(t, allOffloads, &handler{}, func(gw, _ *stack.Config, gwEnd, _ *taptest.PipeEnd) {
+		gw.IsSolicitation = func(m []byte) bool { return m[0] == 133 && m[1] == 0 }
 		gw.Advertisement = []byte{134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0}
 		gwEnd.Lose = func(f []byte) bool {
 			if f = f[stack.HeaderLen:]; len(f) > 54 && f[12] == 0x86 && f[20] == 58 && f[54] == 134 {

@@ -10,26 +10,14 @@ import (
 	"time"
 )
 
-// When to send, for whoever does: RFC 4861 §6.2.1, §6.2.4 and §10.
-const (
-	MinInterval = 200 * time.Second // MinRtrAdvInterval: between unsolicited ones, at least
-	MaxInterval = 600 * time.Second // MaxRtrAdvInterval; the interval is random between the two
-
-	InitialCount    = 3                      // MAX_INITIAL_RTR_ADVERTISEMENTS: so many are sent
-	InitialInterval = 16 * time.Second       // MAX_INITIAL_RTR_ADVERT_INTERVAL: no farther apart than this
-	MaxDelay        = 500 * time.Millisecond // MAX_RA_DELAY_TIME: an answer to a solicitation waits at most this long
-	MinGap          = 3 * time.Second        // MIN_DELAY_BETWEEN_RAS: between two to all nodes
-)
-
-// HopLimit is what every message of this protocol must leave and arrive with, as a proof that no router
-// passed it on (RFC 4861 §6.1).
-const HopLimit = 255
+// Interval is how often an advertisement is sent unasked: the default of MaxRtrAdvInterval (RFC 4861 §6.2.1).
+const Interval = 600 * time.Second
 
 const (
-	routerLifetime = 3 * MaxInterval    // AdvDefaultLifetime: RFC 4861 §6.2.1
+	routerLifetime = 3 * Interval       // AdvDefaultLifetime: RFC 4861 §6.2.1
 	prefixValid    = 24 * time.Hour     // AdvValidLifetime, by default 30 days: addresses here live no longer than their container
 	prefixPrefer   = prefixValid / 2    //
-	serverLifetime = 3 * MaxInterval    // RFC 8106 §5.1
+	serverLifetime = 3 * Interval       // RFC 8106 §5.1
 	maxLifetime    = 9000 * time.Second // of a router: RFC 4861 §6.2.1
 	maxServers     = (255*8 - 8) / 16   // that fit into one option
 	maxSearch      = 255*8 - 8          // octets, likewise
@@ -47,12 +35,6 @@ const (
 	optionSearch  = 31 // §5.2
 )
 
-// AllNodes and AllRouters are where unsolicited advertisements and solicitations go.
-var (
-	AllNodes   = netip.MustParseAddr("ff02::1")
-	AllRouters = netip.MustParseAddr("ff02::2")
-)
-
 // Config says what an advertisement tells. Each field that is zero is left out, unless it says otherwise.
 type Config struct {
 	// Prefix is on the link. Hosts make addresses of their own in it if it is a /64 (RFC 4862 §5.5.3); of another
@@ -67,21 +49,14 @@ type Config struct {
 	// Lifetime is how long hosts may take us for a default router without hearing from us again; zero is 30
 	// minutes, and more than 9000 s counts as that.
 	Lifetime time.Duration
-
-	// Final takes it all back: lifetimes are 0 for the router, the name servers and the preference
-	// of the prefix (RFC 4861 §6.2.5).
-	Final bool
 }
 
-// Advertisement returns the ICMPv6 message, with a checksum of 0: SetChecksum fills it in where the sender
-// does not. It goes from a link-local address with HopLimit.
+// Advertisement returns the ICMPv6 message, with a checksum of 0: the sender fills it in. It goes from a
+// link-local address with a hop limit of 255 (RFC 4861 §6.1.2).
 func Advertisement(cfg Config) []byte {
 	router, servers, prefer := cfg.Lifetime, time.Duration(serverLifetime), time.Duration(prefixPrefer)
 	if router == 0 {
 		router = routerLifetime
-	}
-	if cfg.Final {
-		router, servers, prefer = 0, 0, 0
 	}
 
 	// RFC 4861 §4.2: type · code · checksum · hop limit · flags (no DHCPv6) · router lifetime ·
@@ -177,7 +152,7 @@ func encode(domain string) []byte {
 func seconds(d time.Duration) uint32 { return uint32(max(d, 0) / time.Second) }
 
 // IsSolicitation tells whether an ICMPv6 message is a valid router solicitation, as far as the message itself shows it
-// (RFC 4861 §6.1.1). Its checksum and its hop limit, which must be HopLimit, the caller has verified.
+// (RFC 4861 §6.1.1). Its checksum and its hop limit, which must be 255, the caller has verified.
 func IsSolicitation(icmp []byte) bool {
 	if len(icmp) < 8 || icmp[0] != typeSolicitation || icmp[1] != 0 {
 		return false
@@ -193,29 +168,4 @@ func IsSolicitation(icmp []byte) bool {
 		options = options[n:]
 	}
 	return true
-}
-
-// SetChecksum fills in the checksum of an ICMPv6 message from src to dst: RFC 4443 §2.3.
-func SetChecksum(icmp []byte, src, dst netip.Addr) {
-	icmp[2], icmp[3] = 0, 0
-	pseudo := make([]byte, 0, 40)
-	pseudo = append(pseudo, src.AsSlice()...)
-	pseudo = append(pseudo, dst.AsSlice()...)
-	pseudo = binary.BigEndian.AppendUint32(pseudo, uint32(len(icmp)))
-	pseudo = append(pseudo, 0, 0, 0, 58)
-	sum := add(add(0, pseudo), icmp)
-	for sum > 0xffff {
-		sum = sum>>16 + sum&0xffff
-	}
-	binary.BigEndian.PutUint16(icmp[2:], ^uint16(sum))
-}
-
-func add(sum uint32, b []byte) uint32 {
-	for ; len(b) > 1; b = b[2:] {
-		sum += uint32(b[0])<<8 | uint32(b[1])
-	}
-	if len(b) == 1 {
-		sum += uint32(b[0]) << 8
-	}
-	return sum
 }
