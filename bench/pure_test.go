@@ -212,9 +212,10 @@ func TestLoads(t *testing.T) {
 	}
 }
 
-// All that is sent at a rate that lo carries arrives, whichever side listens.
+// All that is sent arrives, whichever side listens: it is no more than the smallest receive buffer holds, so that
+// a receiver that is not run loses nothing.
 func TestFlood(t *testing.T) {
-	base := floodParams{Run: 99, Size: 100, Duration: 100 * time.Millisecond, Rate: 5000}
+	base := floodParams{Run: 99, Size: 100, Duration: 100 * time.Millisecond, Rate: 1000}
 	const port = 15401
 	listen, to := base, base
 	listen.Listen, to.To = port, netip.AddrPortFrom(loopbackIP, port)
@@ -252,7 +253,7 @@ func TestFlood(t *testing.T) {
 		if s.Count == 0 || r.Count != s.Count || r.Octets != int64(r.Count)*100 || r.Buffer == 0 {
 			t.Errorf("%s: sent %+v, received %+v", way, s, r)
 		}
-		if most := int(s.Seconds*5000) + sendBatch; s.Count > most {
+		if most := int(s.Seconds*1000) + sendBatch; s.Count > most {
 			t.Errorf("%s: %d were sent where %d were due", way, s.Count, most)
 		}
 	}

@@ -59,9 +59,22 @@ func run(ctx context.Context, o options, l *lab) error {
 	}
 	err = errors.Join(err, r.report.write(o.out))
 	if err == nil {
-		fmt.Fprintf(r.progress, "written: %s\n", o.out)
+		r.summary()
 	}
 	return err
+}
+
+// summary says in a few lines what the files say in many.
+func (r *runner) summary() {
+	met := 0
+	for _, v := range r.report.Targets {
+		if v.Met {
+			met++
+			continue
+		}
+		fmt.Fprintf(r.progress, "missed: %s, measured %s\n", v.Target, short(v.Value))
+	}
+	fmt.Fprintf(r.progress, "%d of %d targets met; written: %s\n", met, len(r.report.Targets), r.out)
 }
 
 func (r *runner) wanted(name string) bool {

@@ -165,7 +165,9 @@ func opUDPSend(ctx context.Context, p floodParams, ready func(), _ <-chan struct
 		}
 		m, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&batch[0])), uintptr(n), 0, 0, 0)
 		if errno != 0 {
-			s.Failed++ // ENOBUFS, or an ICMP error of an earlier one
+			if errno != unix.EINTR {
+				s.Failed++ // ENOBUFS, or an ICMP error of an earlier one
+			}
 			continue
 		}
 		s.Count += int(m)
