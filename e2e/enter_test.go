@@ -238,6 +238,44 @@ func TestUserNamespacesForbidden(t *testing.T) {
 	saysAll(t, out, "user.max_user_namespaces")
 }
 
+// What a system lacks is said in one line, with the remedy.
+func TestWhatIsMissing(t *testing.T) {
+	needs(t, "prlimit", "setpriv")
+	c := newContainer(t)
+	pid := strconv.Itoa(c.pid)
+	// Not by way of home, which is entered through /proc.
+	noProc := where{place: lab.host, prefix: []string{"unshare", "--mount", "sh", "-ec", `mount -t tmpfs none /proc; exec "$@"`, "sh"}}
+	rootWithout := []string{"setpriv", "--bounding-set=-all", "--inh-caps=-all"}
+	for _, test := range []struct {
+		name string
+		at   where
+		args []string
+		want []string
+		code int // of run; of the other form 1
+	}{
+		{"files", lab.home, []string{"prlimit", "--nofile=63"}, []string{"open files is 63", "needs 64", "ulimit -n"}, 125},
+		{"a few files", lab.home, []string{"prlimit", "--nofile=64"}, nil, 0},
+		{"proc", noProc, nil, []string{"mount -t proc proc /proc"}, 125},
+		{"CAP_SETFCAP", lab.root, rootWithout, []string{"CAP_SETFCAP", "uid 0"}, 125},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			out, code := test.at.run(t, append(append([]string{}, test.args...), runLine("--", "true")...)...)
+			if code != test.code || test.code != 0 && strings.Count(out, "\n") != 1 {
+				t.Errorf("run: status %d, want %d: %s", code, test.code, out)
+			}
+			saysAll(t, out, test.want...)
+			if test.code == 0 || test.name == "CAP_SETFCAP" {
+				return
+			}
+			out, code = test.at.run(t, append(append([]string{}, test.args...), binary, pid)...)
+			if code != 1 || strings.Count(out, "\n") != 1 {
+				t.Errorf("usernet PID: status %d: %s", code, out)
+			}
+			saysAll(t, out, test.want...)
+		})
+	}
+}
+
 // SIGKILL leaves no process of ours behind, helper or other.
 func TestKillLeavesNothing(t *testing.T) {
 	needs(t, "bwrap")

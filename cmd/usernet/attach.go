@@ -18,6 +18,9 @@ func attach(o *options, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := errors.Join(checkFiles(), checkProc()); err != nil {
+		return err
+	}
 	// SIGHUP ends as well, unless nohup(1) has it ignored: a terminal that is closed is no reason to
 	// leave a TAP behind. SIGINT does even where it is ignored, as shells without job control start what is
 	// behind "&".

@@ -91,6 +91,43 @@ func TestNamespaceAdvice(t *testing.T) {
 	}
 }
 
+func TestMapAdvice(t *testing.T) {
+	refused := &os.PathError{Op: "fork/exec", Path: "/proc/self/exe", Err: unix.EPERM}
+	none := func(string) string { return "" }
+	if err := mapAdvice(refused, none, true); !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "CAP_SETFCAP") {
+		t.Errorf("root without CAP_SETFCAP: %v", err)
+	}
+	if err := mapAdvice(refused, none, false); !strings.Contains(err.Error(), "something forbids user namespaces") {
+		t.Errorf("another: %v", err)
+	}
+	if err := mapAdvice(unix.EUSERS, none, true); !strings.Contains(err.Error(), "a limit on namespaces") {
+		t.Errorf("another error: %v", err)
+	}
+}
+
+func TestExplainExec(t *testing.T) {
+	dir := t.TempDir()
+	script := func(name, text string) string {
+		name = filepath.Join(dir, name)
+		if err := os.WriteFile(name, []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		return name
+	}
+	for path, want := range map[string]string{
+		script("missing", "#! \t/no/such/perl -w\n"): ": bad interpreter /no/such/perl: no such file",
+		script("no newline", "#!/no/such/perl"):      ": bad interpreter /no/such/perl: no such file",
+		script("there", "#!/bin/sh\n"):               ": no such file",
+		script("none", "#!\n"):                       ": no such file",
+		script("empty", ""):                          ": no such file",
+		filepath.Join(dir, "no"):                     ": no such file",
+	} {
+		if err := explainExec(path, unix.ENOENT); !errors.Is(err, unix.ENOENT) || !strings.HasPrefix(err.Error(), path+want) {
+			t.Errorf("%v, want %s%s", err, path, want)
+		}
+	}
+}
+
 func TestExecStatus(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "plain"), nil, 0o644); err != nil {

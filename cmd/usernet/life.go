@@ -30,6 +30,23 @@ func newLog(o *options) *slog.Logger {
 	return slog.New(slog.NewTextHandler(os.Stderr, opts))
 }
 
+// minFiles are the descriptors without which nothing works: 30 or so that are ours, and a few flows.
+const minFiles = 64
+
+// checkFiles refuses a limit on open files with which something would fail later, and less plainly.
+// Go's runtime has made the hard limit the soft one.
+func checkFiles() error {
+	var r unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
+		return fmt.Errorf("getrlimit(RLIMIT_NOFILE): %w", err)
+	}
+	if r.Cur < minFiles {
+		return fmt.Errorf("the limit of open files is %d, and usernet needs %d, better 1024 or more, as each connection takes one: "+
+			"ulimit -n 1024, LimitNOFILE= of a systemd unit, --ulimit nofile= of a container", r.Cur, minFiles)
+	}
+	return nil
+}
+
 // raiseFiles makes the hard limit on open files the soft one, and returns it: each flow holds one.
 func raiseFiles() (int, error) {
 	var r unix.Rlimit
@@ -64,4 +81,12 @@ func goEach(ctx context.Context, fs ...func(context.Context) error) error {
 		g.Go(func() error { return f(ctx) })
 	}
 	return g.Wait()
+}
+
+// checkProc refuses a mount namespace without /proc, where what follows would name one missing file or the other.
+func checkProc() error {
+	if _, err := os.Lstat("/proc/self/ns"); err != nil {
+		return fmt.Errorf("usernet needs /proc: mount -t proc proc /proc: %w", err)
+	}
+	return nil
 }

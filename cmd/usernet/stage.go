@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -89,7 +90,37 @@ func stage(pipe string) (int, error) {
 	if errors.Is(err, unix.ENOEXEC) { // a script without "#!" is for sh, as execvp(3) has it
 		err = syscall.Exec("/bin/sh", append([]string{"sh", path}, c.Argv[1:]...), os.Environ())
 	}
-	return execStatus(path, err), fmt.Errorf("%s: %w", path, err)
+	return execStatus(path, err), explainExec(path, err)
+}
+
+// explainExec names the file that execve missed where it is not the command's own: the interpreter of a script.
+func explainExec(path string, err error) error {
+	if name := interpreter(path); name != "" {
+		if _, missing := os.Stat(name); missing != nil {
+			return fmt.Errorf("%s: bad interpreter %s: %w: install it, or correct the first line of the script", path, name, err)
+		}
+	}
+	return fmt.Errorf("%s: %w", path, err)
+}
+
+// interpreter is what stands behind "#!" at the head of a script, "" where nothing does.
+func interpreter(path string) string {
+	f, err := os.Open(path)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	head := make([]byte, 256) // BINPRM_BUF_SIZE, all that the kernel reads
+	n, _ := io.ReadFull(f, head)
+	text, script := strings.CutPrefix(string(head[:n]), "#!")
+	if !script {
+		return ""
+	}
+	text, _, _ = strings.Cut(text, "\n")
+	if words := strings.FieldsFunc(text, func(r rune) bool { return r == ' ' || r == '\t' }); len(words) > 0 {
+		return words[0]
+	}
+	return ""
 }
 
 // reason takes the words of os/exec away, which say the name again.

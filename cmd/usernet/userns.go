@@ -109,6 +109,17 @@ func namespaceAdvice(err error, read func(string) string) error {
 	return fmt.Errorf("%w: %s", err, advice)
 }
 
+// mapAdvice is namespaceAdvice for who makes a user namespace with a map of IDs. root says that the map has our
+// uid 0 in it and that we have no CAP_SETFCAP: the kernel refuses that map, since files with capabilities could be made
+// with it (user_namespaces(7)).
+func mapAdvice(err error, read func(string) string, root bool) error {
+	if !root || !errors.Is(err, unix.EPERM) {
+		return namespaceAdvice(err, read)
+	}
+	return fmt.Errorf("%w: root without CAP_SETFCAP may not map uid 0 into a user namespace (Linux 5.12 and newer): "+
+		"start usernet with that capability, or as an ordinary user", unix.EPERM)
+}
+
 // sysctl is the value of a file below /proc/sys, "" where there is none.
 func sysctl(path string) string {
 	text, _ := os.ReadFile("/proc/sys/" + path)
