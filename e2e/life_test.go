@@ -40,6 +40,7 @@ func TestEnds(t *testing.T) {
 	}{
 		{"SIGTERM", func(t *testing.T, c *container, u *usernet) { u.signal(t, syscall.SIGTERM) }},
 		{"SIGINT", func(t *testing.T, c *container, u *usernet) { u.signal(t, syscall.SIGINT) }},
+		{"SIGHUP", func(t *testing.T, c *container, u *usernet) { u.signal(t, syscall.SIGHUP) }},
 		{"the container ends", func(t *testing.T, c *container, u *usernet) { syscall.Kill(c.pid, syscall.SIGKILL) }},
 	} {
 		for _, form := range []string{"%d", "/proc/%d/ns/net"} {

@@ -16,6 +16,11 @@ func TestRun(t *testing.T) {
 	dir := t.TempDir()
 	plain := filepath.Join(dir, "plain")
 	writeFile(t, plain, "no program\n")
+	script := filepath.Join(dir, "script")
+	writeFile(t, script, "#!/no/such/perl -w\n")
+	if err := os.Chmod(script, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	for _, test := range []struct {
 		name string
 		args []string // after "run"
@@ -27,6 +32,7 @@ func TestRun(t *testing.T) {
 		{"its signal", []string{"--", "sh", "-c", "kill -KILL $$"}, 137, nil},
 		{"not found", []string{"--", "no-such-program"}, 127, []string{"no-such-program"}},
 		{"not executable", []string{"--", plain}, 126, []string{plain}},
+		{"no interpreter", []string{"--", script}, 127, []string{script, "bad interpreter /no/such/perl"}},
 		{"the network", []string{"--", "curl", "-sS", url + "/5"}, 0, []string{string(pattern[:5])}},
 		{"by name", []string{"--", "curl", "-sS", "http://web.test/peer"}, 0, []string{hostAddr4}},
 		{"resolv.conf", []string{"--", "cat", "/etc/resolv.conf"}, 0, []string{"nameserver " + resolver4}},
@@ -99,6 +105,25 @@ func TestRunSignals(t *testing.T) {
 			return len(processesOf(binary)) == 0 && lab.root.finds(t, "sleep 3456") == ""
 		})
 	})
+}
+
+// A hang-up of --exit-fd leaves nothing of what the command has started, wherever that has gone.
+func TestRunExitFD(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	p := lab.home.start(t, func(cmd *exec.Cmd) { cmd.ExtraFiles = []*os.File{r} },
+		runLine("--exit-fd", "3", "--", "sh", "-c", "setsid sleep 3457 3<&- & (setsid sleep 3457 &); echo up; wait")...)
+	r.Close()
+	p.has(t, "up\n")
+	eventually(t, "what the command starts runs", func() bool { return strings.Count(lab.root.finds(t, "sleep 3457"), "sleep") == 2 })
+	w.Close()
+	if code := p.wait(t); code != 137 {
+		t.Errorf("status %d, want 137", code)
+	}
+	eventually(t, "nothing is left", func() bool { return lab.root.finds(t, "sleep 3457") == "" })
 }
 
 // finds lists the processes with this text in their command line.

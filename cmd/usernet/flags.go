@@ -72,7 +72,7 @@ func newFlags(run bool) *flags {
 	if !run {
 		g := f.group("Namespace")
 		g.StringVar(&f.netnsPath, "netns-path", "", "network namespace, such as /proc/1234/ns/net or /run/netns/blue, instead of PID|`PATH`")
-		g.StringVar(&f.usernsPath, "userns-path", "", "user namespace to enter it from, by `PATH`; the kernel knows the right one, so this is rarely needed")
+		g.StringVar(&f.usernsPath, "userns-path", "", "user namespace to enter it from, by `PATH`; the kernel knows the right one, so this is rarely needed, and not looked at where a thread may enter directly, as root's")
 	}
 
 	g := f.group("Interface")
@@ -98,7 +98,7 @@ func newFlags(run bool) *flags {
 
 	g = f.group("Life")
 	g.IntVar(&f.readyFD, "ready-fd", -1, "descriptor `FD`, 3 or more, that gets \"1\" and is closed once everything works")
-	g.IntVar(&f.exitFD, "exit-fd", -1, "descriptor `FD`, 3 or more, of a pipe or socket: when its other end is closed, usernet ends, and run kills its command")
+	g.IntVar(&f.exitFD, "exit-fd", -1, "descriptor `FD`, 3 or more, of a pipe or socket: when its other end is closed, usernet ends, and run kills its command and all that this has started")
 	for _, fd := range []string{"ready-fd", "exit-fd"} {
 		g.Lookup(fd).DefValue = "0" // pflag shows a default unless it is zero, and -1 is none
 	}

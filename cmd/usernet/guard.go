@@ -13,9 +13,9 @@ import (
 )
 
 // The guard is our own binary beside run, for the one end of run that nothing in run can follow: SIGKILL.
-// The kernel kills the command then (see stage) but not what that has started, which would go on in a
+// A hang-up of --exit-fd is made the same end, for who asks for it that way wants nothing left. The kernel kills the command then (see stage) but not what that has started, which would go on in a
 // namespace without a network and with nobody to wait for it. The guard waits for run's end of a pipe to close, and then
-// kills whatever lives in the network namespace. An orderly end tells it to leave before.
+// kills whatever lives in the network namespace. Any other end tells it to leave before.
 
 // guardName is argv[0] of the guard. Its pipe is descriptor 3, the namespace 4.
 const guardName = "usernet-run-guard"
@@ -118,6 +118,16 @@ func startGuard(pid int) (_ *guard, err error) {
 		return nil, errors.Join(fmt.Errorf("start %s: %w", guardName, err), w.Close())
 	}
 	return &guard{pipe: w, proc: p}, nil
+}
+
+// killAll has the guard kill what is left in the namespace, and waits for it.
+func (g *guard) killAll() error {
+	err := g.pipe.Close()
+	state, werr := g.proc.Wait()
+	if err = errors.Join(err, werr); err == nil && !state.Success() {
+		err = errors.New("what the command has started could not be killed: is /proc mounted, and of our PID namespace?")
+	}
+	return err
 }
 
 // dismiss lets the guard go and waits for it.

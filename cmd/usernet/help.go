@@ -13,9 +13,9 @@ Usage:
   usernet version                           print version, compiler and platform
   usernet help                              print this text
 
-The second form stays in the foreground and ends, with status 0, on SIGTERM or SIGINT, when the process
-ends, or when the path no longer names the namespace. Flags may stand before and after PID|PATH; those of
-run end at COMMAND. --flag=value and --flag value mean the same.
+The second form stays in the foreground and ends, with status 0, on SIGTERM, SIGINT or SIGHUP (unless
+nohup has that ignored), when the process ends, or when the path no longer names the namespace. Flags may
+stand before and after PID|PATH; those of run end at COMMAND. --flag=value and --flag value mean the same.
 `
 
 const helpTail = `

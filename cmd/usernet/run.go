@@ -33,6 +33,9 @@ func run(o *options, log *slog.Logger) (_ int, err error) {
 	if err != nil {
 		return 0, err
 	}
+	if err := errors.Join(checkFiles(), checkProc()); err != nil {
+		return 0, err
+	}
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, notIgnored(passedOn)...)
 
@@ -50,7 +53,15 @@ func run(o *options, log *slog.Logger) (_ int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	defer func() { err = errors.Join(err, g.dismiss()) }()
+	kill := make(chan struct{}) // closed when --exit-fd hangs up
+	defer func() {
+		select {
+		case <-kill:
+			err = errors.Join(err, g.killAll())
+		default:
+			err = errors.Join(err, g.dismiss())
+		}
+	}()
 
 	// Until the command runs, a signal that would end it ends us.
 	ctx, cancel := context.WithCancelCause(context.Background())
@@ -89,7 +100,7 @@ func run(o *options, log *slog.Logger) (_ int, err error) {
 	// From here on the network runs, and when it does the command.
 	network, stopNetwork := context.WithCancel(context.Background())
 	defer stopNetwork()
-	up, kill, served := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	up, served := make(chan struct{}), make(chan error, 1)
 	go func() {
 		served <- goEach(network,
 			func(ctx context.Context) error {
@@ -191,8 +202,9 @@ func startStage(t *terminal) (_ *child, err error) {
 		return nil, err
 	}
 	defer r.Close()
-	// Not by one of the low numbers: the caller's own descriptors go to the command as they are.
-	const firstOurs = 100
+	// Not by one of the low numbers: the caller's own descriptors go to the command as they are. checkFiles
+	// knows that there is this one.
+	const firstOurs = minFiles - 1
 	fd, err := unix.FcntlInt(r.Fd(), unix.F_DUPFD, firstOurs)
 	if err != nil {
 		return nil, errors.Join(os.NewSyscallError("fcntl(F_DUPFD)", err), w.Close())
@@ -210,7 +222,7 @@ func startStage(t *terminal) (_ *child, err error) {
 		},
 	})
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("make user, network and mount namespaces: %w", namespaceAdvice(err, sysctl)), w.Close())
+		return nil, errors.Join(fmt.Errorf("make user, network and mount namespaces: %w", mapAdvice(err, sysctl, os.Geteuid() == 0 && !hasCaps(unix.CAP_SETFCAP))), w.Close())
 	}
 	c := &child{pid: p.Pid, pipe: w}
 	return c, p.Release() // waited for by PID, as stops matter too
