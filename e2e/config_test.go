@@ -76,6 +76,20 @@ func TestConfigured(t *testing.T) {
 	}
 }
 
+// Networks of the host that the container's own hide are said, and no others.
+func TestShadowedNetworks(t *testing.T) {
+	for flags, want := range map[string]string{
+		"--cidr 203.0.113.0/25": "203.0.113.0/24 of world",
+		"--cidr6 2001:db8::/64": "2001:db8::/64 of world",
+		"--cidr 10.99.0.0/16":   "",
+	} {
+		out := lab.home.must(t, runLine(append(strings.Fields(flags), "true")...)...)
+		if n := strings.Count(out, "shadowed:"); want == "" && n != 0 || want != "" && (n != 1 || !strings.Contains(out, want)) {
+			t.Errorf("%s: %q, want %q once", flags, out, want)
+		}
+	}
+}
+
 // IPv6 works in the first second: no duplicate address detection holds it up.
 func TestIPv6AtOnce(t *testing.T) {
 	servers := echoServers(t)

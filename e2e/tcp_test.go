@@ -278,8 +278,10 @@ func TestOutboundAddr(t *testing.T) {
 		})
 	}
 	t.Run("an interface that leads nowhere", func(t *testing.T) {
-		// lo has no route outside, so what is bound to it cannot leave.
-		c := connected(t, "--outbound-addr", "lo")
+		// It has no route outside, so what is bound to it cannot leave.
+		lab.root.sh(t, "ip link add nowhere type veth peer name nowhere1; ip link set nowhere up")
+		t.Cleanup(func() { lab.root.must(t, "ip", "link", "del", "nowhere") })
+		c := connected(t, "--outbound-addr", "nowhere")
 		server := lab.outside.serveTCP(t, outsideAddr4+":0", echo)
 		short := net.Dialer{Timeout: 3 * time.Second}
 		var conn net.Conn

@@ -37,7 +37,13 @@ func parseOutbound(s, family string, is func(netip.Addr) bool) (netip.Addr, stri
 		if a = a.Unmap(); !is(a) || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() {
 			return netip.Addr{}, "", fmt.Errorf("outbound address %q: not an %s address to send from", s, family)
 		}
+		if a.IsLoopback() {
+			return netip.Addr{}, "", fmt.Errorf("outbound address %q: a loopback address, from which nothing leaves the host: give one of the others, see `ip address`", s)
+		}
 		return a, "", nil
+	}
+	if s == "lo" {
+		return netip.Addr{}, "", errors.New("outbound \"lo\": the loopback interface, by which nothing leaves the host: give one of the others, see `ip link`")
 	}
 	if len(s) >= unix.IFNAMSIZ || s == "." || s == ".." || strings.ContainsAny(s, "/: \t\n\x00") {
 		return netip.Addr{}, "", fmt.Errorf("outbound %q: neither an %s address nor the name of an interface (1 to %d octets, without '/', ':' or space)",

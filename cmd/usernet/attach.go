@@ -28,6 +28,7 @@ func attach(o *options, log *slog.Logger) (err error) {
 	ctx, stop := signal.NotifyContext(context.Background(), ends...)
 	defer stop()
 
+	warnShadowed(o.plan, log)
 	e, err := openEngine(ctx, o, netns.Config{PID: o.pid, Path: o.path, UserPath: o.usernsPath}, log)
 	if err != nil {
 		return endedBySignal(ctx, err, log)

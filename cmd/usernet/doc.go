@@ -5,7 +5,7 @@
 //	main.go      which command; exit statuses
 //	options.go   argv to options, a pure function
 //	flags.go     the flags; help.go their text
-//	plan.go      the addresses of the namespace, a pure function
+//	plan.go      the addresses of the namespace, a pure function; shadow.go what they hide
 //	attach.go    usernet PID|PATH: what the process does before and after the engine
 //	run.go       usernet run: the same around a child process; stage.go is that child,
 //	             etcfiles.go and mounts.go its files, terminal.go its terminal, userns.go its IDs,

@@ -142,7 +142,7 @@ func TestParseRefuses(t *testing.T) {
 		"1 --cidr6 fd00::/113", "1 --cidr6 fd00::1/64", "1 --cidr6 fe80::/64", "1 --cidr6 ::/64", "1 --cidr6 10.0.2.0/24", "1 --cidr6 fd01::/64 --no-ipv6",
 		"1 --dns localhost", "1 --dns 0.0.0.0", "1 --dns 1.2.3.4:0", "1 --dns 1.2.3.4 --no-dns",
 		"1 --ready-fd 1", "1 --ready-fd=-1", "1 --exit-fd 2", "1 --ready-fd 3 --exit-fd 3", "1 --ready-fd x",
-		"1 --outbound-addr ::1", "1 --outbound-addr6 10.0.0.1", "1 --outbound-addr a/b", "1 --pid-file=", "1 --pcap=", "1 --pcap-size 1G", "1 --pcap f --pcap-size 1", "1 --pcap f --pcap-size 1T",
+		"1 --outbound-addr ::1", "1 --outbound-addr6 10.0.0.1", "1 --outbound-addr a/b", "1 --outbound-addr 127.0.0.1", "1 --outbound-addr lo", "1 --outbound-addr6 ::1", "1 --pid-file=", "1 --pcap=", "1 --pcap-size 1G", "1 --pcap f --pcap-size 1", "1 --pcap f --pcap-size 1T",
 		"1 --log-level loud", "1 --log-format xml", "version now", "--mtu 1500 run ls",
 		"run --netns-path /x", "run --exit-fd 0", "1 --ipv6=maybe", "1 --no-ipv6=maybe",
 	} {

@@ -72,6 +72,7 @@ func run(o *options, log *slog.Logger) (_ int, err error) {
 		cancelOnSignal(ctx, signals, cancel)
 	}()
 
+	warnShadowed(o.plan, log)
 	e, err := openEngine(ctx, o, netns.Config{PID: child.pid}, log)
 	if err != nil {
 		return 0, signalStatus(ctx, err)
