@@ -111,7 +111,7 @@ func TestForms(t *testing.T) {
 func TestEnterErrors(t *testing.T) {
 	needs(t, "ip")
 	served := newContainer(t)
-	attach(t, served)
+	serving := strconv.Itoa(attach(t, served).cmd.Process.Pid)
 	pid := strconv.Itoa(served.pid)
 
 	c := newContainer(t)
@@ -129,8 +129,8 @@ func TestEnterErrors(t *testing.T) {
 		{"not a namespace", []string{"/dev/null"}, []string{"/dev/null", "not a", "name a network namespace"}, 1},
 		{"another namespace", []string{"/proc/" + pid + "/ns/user"}, []string{"not a network namespace"}, 1},
 		{"name too long", []string{pid, "sixteen-letters0"}, []string{"sixteen-letters0", "15"}, 2},
-		{"served already", []string{pid}, []string{"busy", "another usernet serves it"}, 1},
-		{"in use", []string{other, "theirs"}, []string{"theirs is busy", "choose another name"}, 1},
+		{"served already", []string{pid}, []string{"busy", "another usernet serves it", "process " + serving + ")"}, 1},
+		{"in use", []string{other, "theirs"}, []string{"theirs is busy", "choose another name", "/proc/*/fdinfo/*"}, 1},
 		{"no TAP", []string{other, "veth9"}, []string{"veth9 is no TAP", "choose another name"}, 1},
 		{"no argument", nil, []string{"PID"}, 2},
 		{"unknown flag", []string{"--nonsense", pid}, []string{"--nonsense"}, 2},

@@ -126,7 +126,8 @@ func findTAP(nl *netlink.Handle, name string) (*netlink.Tuntap, error) {
 }
 
 func busy(name string) error {
-	return fmt.Errorf("interface %s is busy: another program is attached to it: end that, or choose another name: %w", name, unix.EBUSY)
+	return fmt.Errorf("interface %s is busy: another program is attached to it: end that (as root, `grep -ls '^iff:\\s%[1]s$' /proc/*/fdinfo/*` finds it), "+
+		"or choose another name: %w", name, unix.EBUSY)
 }
 
 // create makes a TAP that outlives its maker, so that a crash of usernet costs the container neither

@@ -187,12 +187,28 @@ func (n *NS) Lock(ctx context.Context) error {
 	}
 	err := unix.Flock(n.fd, unix.LOCK_EX|unix.LOCK_NB)
 	if errors.Is(err, unix.EWOULDBLOCK) {
-		return fmt.Errorf("%s is busy: another usernet serves it: %w", n.name, unix.EBUSY)
+		return fmt.Errorf("%s is busy: another usernet serves it: end that one (%s): %w", n.name, n.lockedBy(), unix.EBUSY)
 	}
 	if err != nil {
 		return fmt.Errorf("lock %s: %w", n.name, err)
 	}
 	return nil
+}
+
+// lockedBy tells who has the lock, or how to find out: of another PID namespace the kernel does not say.
+func (n *NS) lockedBy() string {
+	var st unix.Stat_t
+	text, err := os.ReadFile("/proc/locks")
+	if err == nil && unix.Fstat(n.fd, &st) == nil {
+		file := fmt.Sprintf("%02x:%02x:%d", unix.Major(uint64(st.Dev)), unix.Minor(uint64(st.Dev)), st.Ino)
+		for line := range strings.Lines(string(text)) {
+			// 1: FLOCK ADVISORY WRITE 708 00:04:4026532217 0 EOF
+			if f := strings.Fields(line); len(f) > 5 && f[1] == "FLOCK" && f[5] == file {
+				return "process " + f[4]
+			}
+		}
+	}
+	return "pgrep -a usernet lists them; it may be in another container"
 }
 
 // Unlock gives up what Lock took.

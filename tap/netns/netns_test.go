@@ -444,7 +444,7 @@ func TestLock(t *testing.T) {
 	if _, err := a.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil { // no fd of the lock lives on in the helper
 		t.Fatal(err)
 	}
-	if err := b.Lock(t.Context()); !errors.Is(err, unix.EBUSY) || !strings.Contains(err.Error(), "busy") {
+	if err := b.Lock(t.Context()); !errors.Is(err, unix.EBUSY) || !strings.Contains(err.Error(), fmt.Sprintf("busy: another usernet serves it: end that one (process %d)", os.Getpid())) {
 		t.Errorf("a second lock: %v, want EBUSY", err)
 	}
 	if err := a.Unlock(); err != nil {
