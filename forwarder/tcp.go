@@ -117,8 +117,6 @@ func (f *Forwarder) ServeTCP(ctx context.Context, r *stack.TCPRequest) {
 func (f *Forwarder) dialTCP(ctx context.Context, dst netip.AddrPort) (int, error) {
 	f.tcp.dialling.Add(1)
 	defer f.tcp.dialling.Add(-1)
-	ctx, cancel := context.WithTimeoutCause(ctx, f.cfg.TCP.DialTimeout, unix.ETIMEDOUT)
-	defer cancel()
 	fam := family(dst.Addr())
 	fd, err := unix.Socket(fam, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
 	if err != nil {
@@ -131,7 +129,7 @@ func (f *Forwarder) dialTCP(ctx context.Context, dst netip.AddrPort) (int, error
 		unix.Close(fd)
 		return -1, err
 	}
-	if err := f.relay.Connect(ctx, fd, sockaddr(dst)); err != nil {
+	if err := f.relay.Connect(ctx, fd, dst, f.cfg.TCP.DialTimeout); err != nil {
 		unix.Close(fd)
 		return -1, err
 	}

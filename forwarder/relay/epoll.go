@@ -35,11 +35,11 @@ func NewEpoll() (*Epoll, error) {
 // Add watches fd for events (EPOLLIN …); what happens to it comes with id. Closing fd ends it.
 func (e *Epoll) Add(fd int, id uint64, events uint32) error {
 	ev := unix.EpollEvent{Events: events, Fd: int32(uint32(id)), Pad: int32(uint32(id >> 32))}
-	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(e.fd, unix.EPOLL_CTL_ADD, fd, &ev))
+	return sysEpollCtl(e.fd, unix.EPOLL_CTL_ADD, fd, &ev)
 }
 
 // Remove ends the watching of an fd that stays open.
-func (e *Epoll) Remove(fd int) { _ = unix.EpollCtl(e.fd, unix.EPOLL_CTL_DEL, fd, nil) }
+func (e *Epoll) Remove(fd int) { _ = sysEpollCtl(e.fd, unix.EPOLL_CTL_DEL, fd, nil) }
 
 // EventID is the id that Add was given.
 func EventID(ev *unix.EpollEvent) uint64 {
@@ -50,12 +50,8 @@ func EventID(ev *unix.EpollEvent) uint64 {
 // One goroutine at a time may wait.
 func (e *Epoll) Wait(events []unix.EpollEvent) (n int, err error) {
 	rerr := e.raw.Read(func(uintptr) bool {
-		for {
-			n, err = unix.EpollWait(e.fd, events, 0)
-			if err != unix.EINTR {
-				return n != 0 || err != nil
-			}
-		}
+		n, err = sysEpollWait(e.fd, events)
+		return n != 0 || err != nil
 	})
 	switch {
 	case err != nil:

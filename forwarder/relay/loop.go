@@ -87,7 +87,7 @@ func (l *Loop) Close() {
 // ErrStopped is what Join returns once Run has ended.
 var ErrStopped = errors.New("relay has stopped")
 
-// Join relays between end and the connected TCP socket fd from now on. Both belong to the Loop
+// Join relays between end and the connected, non-blocking TCP socket fd from now on. Both belong to the Loop
 // afterwards, also when it returns an error (they are aborted then); done, if not nil, is
 // called when both have been closed, err being nil for an orderly end. done must not block.
 func (l *Loop) Join(end End, fd int, done func(err error)) error {
@@ -111,12 +111,8 @@ func (l *Loop) worker() *worker { return l.workers[l.next.Add(1)%uint32(len(l.wo
 
 // prepare sets on a socket what a relay needs. TCP_NODELAY: Nagle's delay is the sender's business.
 // OOBINLINE: an urgent octet stays in its place. Keepalive with the host's own times finds peers that vanished.
-func prepare(fd int) error {
-	if err := unix.SetNonblock(fd, true); err != nil {
-		return err
-	}
-	_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
-	return nil
+func prepare(fd int) {
+	_ = sysSetsockopt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	_ = sysSetsockopt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
+	_ = sysSetsockopt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
 }

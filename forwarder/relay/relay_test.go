@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"sync"
 	"testing"
 	"time"
@@ -172,6 +173,9 @@ func hostPair(t testing.TB) (fd int, peer *net.TCPConn) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
+	if err := unix.SetNonblock(fd, true); err != nil {
+		t.Fatal(err)
+	}
 	return fd, c.(*net.TCPConn)
 }
 
@@ -328,7 +332,7 @@ func TestJoinAfterStop(t *testing.T) {
 	if _, err := peer.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
 		t.Errorf("the host saw %v, want ECONNRESET", err)
 	}
-	if err := l.Connect(context.Background(), socket(t), &full(t).SockaddrInet4); !errors.Is(err, ErrStopped) {
+	if err := l.Connect(context.Background(), socket(t), full(t).addr(), time.Minute); !errors.Is(err, ErrStopped) {
 		t.Errorf("connect: %v", err)
 	}
 }
@@ -349,24 +353,28 @@ func TestConnect(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	to := &unix.SockaddrInet4{Port: ln.Addr().(*net.TCPAddr).Port, Addr: [4]byte{127, 0, 0, 1}}
-	if err := l.Connect(context.Background(), socket(t), to); err != nil {
+	to := ln.Addr().(*net.TCPAddr).AddrPort()
+	if err := l.Connect(context.Background(), socket(t), to, time.Minute); err != nil {
 		t.Errorf("a listener: %v", err)
 	}
 	ln.Close()
-	if err := l.Connect(context.Background(), socket(t), to); !errors.Is(err, unix.ECONNREFUSED) {
+	if err := l.Connect(context.Background(), socket(t), to, time.Minute); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("a closed port: %v", err)
 	}
 
 	sa := full(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
-	if err := l.Connect(ctx, socket(t), &sa.SockaddrInet4); !errors.Is(err, context.DeadlineExceeded) {
+	if err := l.Connect(ctx, socket(t), sa.addr(), time.Minute); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("a black hole: %v", err)
 	}
+	if err := l.Connect(context.Background(), socket(t), sa.addr(), 50*time.Millisecond); !errors.Is(err, unix.ETIMEDOUT) {
+		t.Errorf("a black hole, with a timeout: %v", err)
+	}
 	hung := make(chan error, 1)
+	sa = full(t) // the SYNs of those that have given up would be accepted too
 	fd := socket(t)
-	go func() { hung <- l.Connect(context.Background(), fd, &sa.SockaddrInet4) }()
+	go func() { hung <- l.Connect(context.Background(), fd, sa.addr(), time.Minute) }()
 	for l.waiting() == 0 {
 		time.Sleep(time.Millisecond)
 	}
@@ -377,7 +385,7 @@ func TestConnect(t *testing.T) {
 	}
 	sa = full(t)
 	fd = socket(t)
-	go func() { hung <- l.Connect(context.Background(), fd, &sa.SockaddrInet4) }()
+	go func() { hung <- l.Connect(context.Background(), fd, sa.addr(), time.Minute) }()
 	for l.waiting() == 0 {
 		time.Sleep(time.Millisecond)
 	}
@@ -419,6 +427,10 @@ func full(t *testing.T) *fullListener {
 		t.Fatal(err)
 	}
 	return f
+}
+
+func (f *fullListener) addr() netip.AddrPort {
+	return netip.AddrPortFrom(netip.AddrFrom4(f.Addr), uint16(f.Port))
 }
 
 // accept takes one connection out of the queue.

@@ -145,7 +145,7 @@ func (s *stream) outbound() (more bool, err error) {
 			return false, nil
 		case err == io.EOF:
 			s.outDone = true
-			if err := unix.Shutdown(s.fd, unix.SHUT_WR); err != nil && err != unix.ENOTCONN {
+			if err := sysShutdown(s.fd); err != nil && err != unix.ENOTCONN {
 				return false, os.NewSyscallError("shutdown", err)
 			}
 			return false, nil
@@ -162,9 +162,9 @@ func (s *stream) inbound() (more bool, err error) {
 		if s.inDone || !s.readable {
 			return false, nil
 		}
-		n, err := unix.IoctlGetInt(s.fd, unix.SIOCINQ)
+		n, err := sysQueued(s.fd)
 		if err != nil {
-			return false, os.NewSyscallError("ioctl SIOCINQ", err)
+			return false, err
 		}
 		if n == 0 {
 			if err := s.emptyOrEnd(); err != nil {
@@ -198,11 +198,10 @@ func (s *stream) inbound() (more bool, err error) {
 
 // emptyOrEnd tells a socket with nothing to read from one whose peer has sent FIN.
 func (s *stream) emptyOrEnd() error {
-	var b [1]byte
-	n, _, err := unix.Recvfrom(s.fd, b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	n, err := sysPeek(s.fd)
 	switch {
-	case err == unix.EAGAIN, err == unix.EINTR:
-		s.readable = err == unix.EINTR
+	case err == unix.EAGAIN:
+		s.readable = false
 		return nil
 	case err != nil:
 		s.breakHost(os.NewSyscallError("recv", err)) // which takes the error off the socket: what is left is the end
@@ -235,7 +234,7 @@ func (s *stream) finish(err error) {
 		s.end.Abort()
 		_ = unix.SetsockoptLinger(s.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 	}
-	_ = unix.Close(s.fd)
+	sysClose(s.fd)
 	stats.active.Add(-1)
 	if s.done != nil {
 		s.done(err)
@@ -244,9 +243,9 @@ func (s *stream) finish(err error) {
 
 // socketError takes the error that is pending on a socket.
 func socketError(fd int) error {
-	v, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
-	if err != nil {
-		return os.NewSyscallError("getsockopt SO_ERROR", err)
+	var v int32
+	if err := sysGetsockopt(fd, unix.SOL_SOCKET, unix.SO_ERROR, unsafe.Pointer(&v), uint32(unsafe.Sizeof(v))); err != nil {
+		return err
 	}
 	if v != 0 {
 		return unix.Errno(v)
@@ -262,39 +261,29 @@ func (w *worker) writeHost(pieces [][]byte) (int, error) {
 		v.SetLen(len(p))
 		w.iov = append(w.iov, v)
 	}
-	for {
-		n, _, e := unix.Syscall(unix.SYS_WRITEV, uintptr(w.cur.fd), uintptr(unsafe.Pointer(unsafe.SliceData(w.iov))), uintptr(len(w.iov)))
-		switch e {
-		case 0:
-			clear(w.iov)
-			return int(n), nil
-		case unix.EINTR:
-			continue
-		case unix.EAGAIN:
-			w.cur.writable = false // an edge tells when it is again
-			clear(w.iov)
-			return 0, unix.EAGAIN
-		}
-		clear(w.iov)
-		w.hostErr = os.NewSyscallError("writev", e)
-		return 0, w.hostErr
+	n, err := sysWritev(w.cur.fd, w.iov)
+	clear(w.iov)
+	switch err {
+	case nil:
+		return n, nil
+	case unix.EAGAIN:
+		w.cur.writable = false // an edge tells when it is again
+		return 0, err
 	}
+	w.hostErr = os.NewSyscallError("writev", err)
+	return 0, w.hostErr
 }
 
 // readHost is the read of cur's Fill: SIOCINQ has promised len(p) octets.
 func (w *worker) readHost(p []byte) (int, error) {
-	for {
-		n, err := unix.Read(w.cur.fd, p)
-		switch {
-		case err == unix.EINTR:
-			continue
-		case err != nil:
-			w.hostErr = os.NewSyscallError("read", err)
-			return 0, w.hostErr
-		case n == 0:
-			w.hostErr = io.ErrUnexpectedEOF
-			return 0, w.hostErr
-		}
-		return n, nil
+	n, err := sysRead(w.cur.fd, p)
+	switch {
+	case err != nil:
+		w.hostErr = os.NewSyscallError("read", err)
+		return 0, w.hostErr
+	case n == 0:
+		w.hostErr = io.ErrUnexpectedEOF
+		return 0, w.hostErr
 	}
+	return n, nil
 }

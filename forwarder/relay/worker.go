@@ -73,9 +73,7 @@ func (w *worker) watchLocked(fd int, id uint64, mask uint32) error {
 
 // add begins to watch s's socket.
 func (w *worker) add(s *stream) error {
-	if err := prepare(s.fd); err != nil {
-		return err
-	}
+	prepare(s.fd)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.stopped {
