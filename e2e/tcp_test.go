@@ -19,6 +19,13 @@ import (
 
 // What a dial of the host's meets, the container meets, as the same errno and at once.
 func TestDialErrors(t *testing.T) {
+	needs(t, "ip")
+	for _, route := range []string{"-4 route add prohibit 192.88.1.0/24", "-6 route add prohibit 2001:db8:f::/64", "-4 route add throw 192.88.2.0/24"} {
+		words := strings.Fields(route)
+		lab.root.must(t, append([]string{"ip"}, words...)...)
+		words[2] = "del"
+		t.Cleanup(func() { lab.root.must(t, append([]string{"ip"}, words...)...) })
+	}
 	c := connected(t)
 	for _, test := range []struct {
 		name, addr string
@@ -29,6 +36,10 @@ func TestDialErrors(t *testing.T) {
 		{"host unreachable", badAddr4 + ":80", unix.EHOSTUNREACH},
 		// "No route" of IPv6 is ENETUNREACH to whom it reaches (RFC 4443 §3.1, code 0).
 		{"no route IPv6", "[" + badAddr6 + "]:80", unix.ENETUNREACH},
+		// "Prohibited" of IPv4 is a host that is unreachable to who hears of it (RFC 1812 §5.2.7.1, code 13).
+		{"prohibited", "192.88.1.1:80", unix.EHOSTUNREACH},
+		{"prohibited IPv6", "[2001:db8:f::1]:80", unix.EACCES},
+		{"no route", "192.88.2.1:80", unix.ENETUNREACH},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			start := time.Now()
@@ -111,8 +122,9 @@ func TestBlackHoles(t *testing.T) {
 			}
 			slices.Sort(times)
 			t.Logf("a connection beside 500 hanging dials: median %v, slowest %v", times[4], times[8])
-			if times[4] > time.Second {
-				t.Errorf("median %v", times[4])
+			// It takes less than a millisecond; a busy machine is allowed for by the median.
+			if times[4] > 50*time.Millisecond {
+				t.Errorf("median %v, want less than 50 ms", times[4])
 			}
 			// A kernel that gives up says nothing; its SYNs stay away.
 			giveUp()
@@ -151,6 +163,21 @@ func TestReset(t *testing.T) {
 		conn.Write([]byte("x"))
 		if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
 			t.Errorf("read: %v, want ECONNRESET", err)
+		}
+	})
+	t.Run("behind an answer", func(t *testing.T) {
+		// A server that has had enough answers and closes; what it has not read makes its kernel reset.
+		const refusal = "HTTP/1.1 413 Content Too Large\r\n\r\n"
+		server := lab.outside.serveTCP(t, outsideAddr4+":0", func(conn *net.TCPConn) {
+			io.ReadFull(conn, make([]byte, 1))
+			io.WriteString(conn, refusal)
+		})
+		for i := range 20 {
+			conn := c.net.connect(t, "tcp", server.String())
+			conn.Write([]byte("more than an octet"))
+			if b, err := io.ReadAll(conn); string(b) != refusal || !errors.Is(err, unix.ECONNRESET) {
+				t.Errorf("connection %d: read %q, %v; want the answer and then ECONNRESET", i, b, err)
+			}
 		}
 	})
 	t.Run("by the container", func(t *testing.T) {
