@@ -72,7 +72,7 @@ func (r *report) verdicts(b *strings.Builder) {
 			met++
 		}
 	}
-	fmt.Fprintf(b, "## Targets: %d of %d met\n\n| target | measured | |\n|---|---|---|\n", met, len(r.Targets))
+	fmt.Fprintf(b, "## Targets: %d of %d met\n\n| target | measured | beside its best sample | |\n|---|---|---|---|\n", met, len(r.Targets))
 	for _, v := range r.Targets {
 		word := "**missed**"
 		switch {
@@ -81,7 +81,7 @@ func (r *report) verdicts(b *strings.Builder) {
 		case v.Met:
 			word = "met"
 		}
-		fmt.Fprintf(b, "| %s | %s | %s |\n", v.Target, short(v.Value), word)
+		fmt.Fprintf(b, "| %s | %s | %s | %s |\n", v.Target, short(v.Value), short(v.Strict), word)
 	}
 	b.WriteByte('\n')
 }

@@ -124,6 +124,18 @@ func (r *report) median(axis string, mtu int, contender string, m metric) float6
 	return math.NaN()
 }
 
+// best is the best sample, or NaN.
+func (r *report) best(axis string, mtu int, contender string, m metric) float64 {
+	row := r.find(axis, mtu, contender)
+	if row == nil || row.Figures[m.unit] == nil {
+		return math.NaN()
+	}
+	if m.more {
+		return row.Figures[m.unit].Max
+	}
+	return row.Figures[m.unit].Min
+}
+
 // bestPeer is the best median of those that are neither usernet nor a limit, and whose it is.
 func (r *report) bestPeer(axis string, mtu int, m metric) (string, float64) {
 	name, best := "", math.NaN()

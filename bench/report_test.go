@@ -92,6 +92,7 @@ func TestJudge(t *testing.T) {
 	}{
 		{target: target{"tcp-out-1", gbits, 65520, "slirp4netns", 2}, value: 2.6, met: true},
 		{target: target{"tcp-out-1", gbits, 65520, "slirp4netns", 1}, value: 2.6, met: true, raise: true},
+		{target: target{"tcp-out-1", gbits, 65520, "slirp4netns", 1.6}, value: 2.6, met: true}, // beside its best it is 2.17
 		{target: target{"tcp-out-1", gbits, 1500, ownBestMTU, 0.85}, value: 10.0 / 13},
 		{target: target{"tcp-rr", perSecond, 0, "slirp4netns", 1}, value: 0.8},
 		{target: target{"udp-steady-in-64", lossPart, 0, "slirp4netns", 1}, value: 0.25}, // it lost none
