@@ -260,7 +260,7 @@ func TestWhatIsMissing(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			out, code := test.at.run(t, append(append([]string{}, test.args...), runLine("--", "true")...)...)
-			if code != test.code || test.code != 0 && strings.Count(out, "\n") != 1 {
+			if code != test.code || test.code != 0 && strings.Count(out, "usernet: ") != 1 {
 				t.Errorf("run: status %d, want %d: %s", code, test.code, out)
 			}
 			saysAll(t, out, test.want...)
@@ -268,7 +268,7 @@ func TestWhatIsMissing(t *testing.T) {
 				return
 			}
 			out, code = test.at.run(t, append(append([]string{}, test.args...), binary, pid)...)
-			if code != 1 || strings.Count(out, "\n") != 1 {
+			if code != 1 || strings.Count(out, "usernet: ") != 1 {
 				t.Errorf("usernet PID: status %d: %s", code, out)
 			}
 			saysAll(t, out, test.want...)

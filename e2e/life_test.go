@@ -62,6 +62,21 @@ func TestEnds(t *testing.T) {
 	}
 }
 
+// A TAP that is deleted is the end, and the only thing that is said to be wrong.
+func TestTAPDeleted(t *testing.T) {
+	needs(t, "ip")
+	c := newContainer(t)
+	u := begin(t, strconv.Itoa(c.pid))
+	c.must(t, "ip", "link", "del", "tap0")
+	if code := u.wait(t); code != 1 {
+		t.Errorf("status %d, want 1", code)
+	}
+	_, said, _ := strings.Cut(u.out.String(), "usernet: ")
+	if strings.Count(said, "\n") != 1 || !strings.Contains(said, "the TAP was deleted") {
+		t.Errorf("it says %q, want that the TAP was deleted and nothing else", said)
+	}
+}
+
 // --exit-fd ends usernet when its other end is closed, and not before.
 func TestExitFD(t *testing.T) {
 	c := newContainer(t)

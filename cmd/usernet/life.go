@@ -86,7 +86,7 @@ func goEach(ctx context.Context, fs ...func(context.Context) error) error {
 // checkProc refuses a mount namespace without /proc, where what follows would name one missing file or the other.
 func checkProc() error {
 	if _, err := os.Lstat("/proc/self/ns"); err != nil {
-		return fmt.Errorf("usernet needs /proc: mount -t proc proc /proc: %w", err)
+		return fmt.Errorf("/proc is not mounted, and usernet needs it: mount -t proc proc /proc: %w", err)
 	}
 	return nil
 }
