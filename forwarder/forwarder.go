@@ -136,6 +136,15 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	return nil
 }
 
+// Sources are the host's sockets, for a stack that serves them beside its device.
+func (f *Forwarder) Sources() []stack.Source {
+	sources := []stack.Source{{FD: f.poller.epoll.FD(), Serve: func() { f.poller.poll(f.ready) }}}
+	f.relay.Sources(func(fd int, serve func()) {
+		sources = append(sources, stack.Source{FD: fd, Serve: serve})
+	})
+	return sources
+}
+
 // Close ends all flows. It is for a Forwarder that Run is not called for.
 func (f *Forwarder) Close() error {
 	f.closing.Do(func() {

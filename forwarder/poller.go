@@ -25,8 +25,11 @@ type poller struct {
 	flows  map[uint64]*flow // by a number that is never used again, unlike an fd
 	last   uint64
 
-	asleep atomic.Bool // wait has no timeout: there was no flow
-	events [64]unix.EpollEvent
+	asleep atomic.Bool         // wait has no timeout: there was no flow
+	events [64]unix.EpollEvent // run's
+
+	serving sync.Mutex // ready is called for one flow at a time
+	polled  [64]unix.EpollEvent
 }
 
 // newPoller opens what it needs; close it.
@@ -98,22 +101,38 @@ func (p *poller) run(ctx context.Context, ready func(*flow, uint32), tick func()
 		if err != nil {
 			return err
 		}
-		for i := range p.events[:n] {
-			e := &p.events[i]
-			p.mu.RLock()
-			fl := p.flows[relay.EventID(e)]
-			p.mu.RUnlock()
-			if fl != nil && fl.acquire() {
-				ready(fl, e.Events)
-				fl.release()
-			}
-		}
+		p.serving.Lock()
+		p.serve(p.events[:n], ready)
+		p.serving.Unlock()
 		if n == 0 { // the deadline: a second is over, or wake was called
 			tick()
 			p.sleep()
 		}
 	}
 	return nil
+}
+
+// serve calls ready for each event. serving is held.
+func (p *poller) serve(events []unix.EpollEvent, ready func(*flow, uint32)) {
+	for i := range events {
+		e := &events[i]
+		p.mu.RLock()
+		fl := p.flows[relay.EventID(e)]
+		p.mu.RUnlock()
+		if fl != nil && fl.acquire() {
+			ready(fl, e.Events)
+			fl.release()
+		}
+	}
+}
+
+// poll serves what is there, in run's place.
+func (p *poller) poll(ready func(*flow, uint32)) {
+	p.serving.Lock()
+	defer p.serving.Unlock()
+	if n, err := p.epoll.Poll(p.polled[:]); err == nil {
+		p.serve(p.polled[:n], ready)
+	}
 }
 
 // sleep sets when run has to tick next: in a second, or not before there is a flow.

@@ -26,7 +26,8 @@ type link struct {
 	dispatcher atomic.Pointer[stack.NetworkDispatcher]
 	offloads   uint32
 	stats      *counters
-	writes     sync.Pool // *frameWriter
+	writes     sync.Pool                 // *frameWriter
+	acks       atomic.Pointer[ackHolder] // nil: nothing is held back
 }
 
 func newLink(devs []Device, mac tcpip.LinkAddress, mtu int, stats *counters) *link {
@@ -92,7 +93,13 @@ func (l *link) writePacket(pkt *stack.PacketBuffer) tcpip.Error {
 		w.vec = append(w.vec, b[offset:])
 		offset = 0
 	}
-	err := l.dev(pkt.Hash).Write(w.vec)
+	dev := l.dev(pkt.Hash)
+	if acks := l.acks.Load(); acks != nil && pkt.TransportProtocolNumber == header.TCPProtocolNumber && l.hold(acks, dev, w) {
+		clear(w.vec)
+		l.writes.Put(w)
+		return nil
+	}
+	err := dev.Write(w.vec)
 	clear(w.vec)
 	l.writes.Put(w)
 	if err != nil {
@@ -102,6 +109,17 @@ func (l *link) writePacket(pkt *stack.PacketBuffer) tcpip.Error {
 	}
 	l.stats.FramesOut.Add(1)
 	return nil
+}
+
+// hold asks acks about the frame in w. The headers are gathered in w.header, which has room for those of every
+// segment that can be held.
+func (l *link) hold(acks *ackHolder, dev Device, w *frameWriter) bool {
+	n, size := HeaderLen, HeaderLen
+	for _, p := range w.vec[1:] {
+		n += copy(w.header[n:], p)
+		size += len(p)
+	}
+	return acks.take(dev, w.header[:n], size)
 }
 
 // What follows is the rest of stack.LinkEndpoint and stack.GSOEndpoint.

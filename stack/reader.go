@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/netip"
 	"os"
+	"runtime"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/buffer"
@@ -45,7 +46,10 @@ type reader struct {
 	vec  [3][]byte
 	hdr  [HeaderLen]byte
 	tail *buffer.View
+	near *lingerer  // nil: it parks at once
+	acks *ackHolder // nil without near
 
+	frames uint // read
 	heads  [batchLen][]byte
 	batch  []Datagram
 	pieces [batchLen][2][]byte
@@ -69,9 +73,16 @@ func newReader(s *Stack, dev Device) *reader {
 func (r *reader) run() error {
 	defer func() { r.tail.Release() }()
 	for {
-		if err := r.drain(); err != nil {
-			return closedIsNil(err)
+		r.acks.wake()
+		for {
+			if err := r.drain(); err != nil {
+				return closedIsNil(err)
+			}
+			if r.near == nil || !r.near.wait(r.acks.check) {
+				break
+			}
 		}
+		r.acks.rest()
 		if err := r.dev.Wait(); err != nil {
 			return closedIsNil(err)
 		}
@@ -88,6 +99,10 @@ func (r *reader) drain() error {
 			r.frame(n)
 			if len(r.batch) == batchLen {
 				r.flush()
+			}
+			if r.frames++; r.frames%batchLen == 0 {
+				r.acks.check()
+				runtime.Gosched() // the others have had enough to do put before them
 			}
 		case errors.Is(err, unix.EAGAIN):
 			r.flush()

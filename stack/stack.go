@@ -61,6 +61,10 @@ type Config struct {
 	// all places are taken, an address that has fewer than another takes one of that other's.
 	MaxDials, MaxDialsPerHost int
 
+	// Beside are served by the goroutine that reads the first device, for as long as there is traffic and
+	// where that is faster. They must not depend on it.
+	Beside []Source
+
 	// Log gets life events at Info and flows at Debug; nil discards.
 	Log *slog.Logger
 
@@ -251,10 +255,15 @@ func (s *Stack) Run(ctx context.Context) error {
 
 	failed := make(chan error, len(s.devs))
 	var readers sync.WaitGroup
-	for _, d := range s.devs {
-		readers.Go(func() {
-			failed <- newReader(s, d).run()
-		})
+	for i, d := range s.devs {
+		r := newReader(s, d)
+		if i == 0 {
+			if r.near = newLingerer(d, s.cfg.Beside); r.near != nil {
+				r.acks = new(ackHolder)
+				s.link.acks.Store(r.acks)
+			}
+		}
+		readers.Go(func() { failed <- r.run() })
 	}
 	var err error
 	adverts := time.NewTimer(0)

@@ -160,6 +160,9 @@ func (q *Queue) readable(uintptr) bool {
 	return true
 }
 
+// FD is the queue's descriptor, readable when there is a frame, until Close.
+func (q *Queue) FD() int { return q.fd }
+
 // Offloads is stack.Device's.
 func (q *Queue) Offloads() uint32 { return q.offloads }
 

@@ -210,6 +210,7 @@ func (e *engine) stackConfig() (stack.Config, error) {
 		Gateway4: withLen(p.gateway4, p.net4), Gateway6: withLen(p.gateway6, p.net6),
 		Extra:     valid(p.dns4, p.dns6, p.host6),
 		MaxDials:  e.forward.MaxDials(),
+		Beside:    e.forward.Sources(),
 		LinkLocal: p.linkLocal,
 		Log:       e.log,
 	}

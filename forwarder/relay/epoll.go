@@ -62,6 +62,12 @@ func (e *Epoll) Wait(events []unix.EpollEvent) (n int, err error) {
 	return n, rerr
 }
 
+// Poll is Wait without waiting.
+func (e *Epoll) Poll(events []unix.EpollEvent) (int, error) { return sysEpollWait(e.fd, events) }
+
+// FD is readable when there are events.
+func (e *Epoll) FD() int { return e.fd }
+
 // SetDeadline makes Wait return at t at the latest, the one that is under way too; the zero time takes
 // the deadline away. Any goroutine may call it.
 func (e *Epoll) SetDeadline(t time.Time) { _ = e.file.SetReadDeadline(t) }

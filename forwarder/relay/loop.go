@@ -106,6 +106,14 @@ func (l *Loop) Join(end End, fd int, done func(err error)) error {
 	return nil
 }
 
+// Sources calls each with a descriptor that is readable when sockets of the host have events, and a function
+// that serves these, without blocking, in place of the goroutines of Run. Both are valid until Run ends.
+func (l *Loop) Sources(each func(fd int, serve func())) {
+	for _, w := range l.workers {
+		each(w.epoll.FD(), w.poll)
+	}
+}
+
 // worker picks the worker for another socket.
 func (l *Loop) worker() *worker { return l.workers[l.next.Add(1)%uint32(len(l.workers))] }
 

@@ -22,9 +22,10 @@ const maxEvents = 128
 type worker struct {
 	loop   *Loop
 	epoll  *Epoll
-	events [maxEvents]unix.EpollEvent
+	events [maxEvents]unix.EpollEvent // watch's
 
 	pumping sync.Mutex // held while a stream is pumped; guards the following
+	polled  [maxEvents]unix.EpollEvent
 	iov     []unix.Iovec
 	cur     *stream                     // being pumped
 	hostErr error                       // what the host's socket said during cur's Drain or Fill
@@ -148,11 +149,21 @@ func (w *worker) watch(ctx context.Context) error {
 			return err
 		}
 		w.pumping.Lock()
-		w.mark(n)
+		w.mark(w.events[:n])
 		w.pump()
 		w.pumping.Unlock()
 	}
 	return nil
+}
+
+// poll pumps for the host's events that are there, in watch's place.
+func (w *worker) poll() {
+	w.pumping.Lock()
+	defer w.pumping.Unlock()
+	if n, err := w.epoll.Poll(w.polled[:]); err == nil {
+		w.mark(w.polled[:n])
+	}
+	w.pump()
 }
 
 // serve pumps for the container's ends.
@@ -190,10 +201,10 @@ func (w *worker) pump() {
 	clear(batch) // streams that have ended are not held until the slice is used again
 }
 
-// mark notes what n events say on their streams and queues these.
-func (w *worker) mark(n int) {
-	for i := range w.events[:n] {
-		ev := &w.events[i]
+// mark notes what events say on their streams and queues these.
+func (w *worker) mark(events []unix.EpollEvent) {
+	for i := range events {
+		ev := &events[i]
 		id := EventID(ev)
 		w.mu.Lock()
 		s := w.streams[id]

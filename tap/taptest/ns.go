@@ -79,7 +79,7 @@ func NewNS(t testing.TB, owner Owner) *Namespace {
 		cmd.Wait()
 	})}
 	t.Cleanup(ns.end)
-	line, err := bufio.NewReader(stdout).ReadString('\n')
+	line, _ := bufio.NewReader(stdout).ReadString('\n')
 	if ns.PID, err = strconv.Atoi(strings.TrimSpace(line)); err != nil {
 		t.Fatalf("a process in a new network namespace said %q: %v", line, err)
 	}
