@@ -61,6 +61,7 @@ func newContainer(t *testing.T, cfg Config) (*container, *clock) {
 		if n := f.Stats().UDP.Flows + f.Stats().Echo.Flows; n != 0 {
 			t.Errorf("%d flows after Run", n)
 		}
+		f.Close()
 	})
 	return c, now
 }

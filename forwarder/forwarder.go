@@ -69,8 +69,7 @@ type Forwarder struct {
 // errStopped is why there is no flow when the Forwarder is not (or no longer) at work.
 var errStopped = errors.New("forwarder is stopped")
 
-// New opens what a Forwarder needs and starts nothing. Run closes it, or Close where
-// Run is never called.
+// New opens what a Forwarder needs and starts nothing. Close releases it.
 func New(cfg Config) (*Forwarder, error) {
 	if err := cfg.Outbound.Check(); err != nil {
 		return nil, err
@@ -118,9 +117,10 @@ func (unbound) SendICMP(*stack.ICMPError) error { return errStopped }
 // Bind tells where answers go. It is called once, before Run and before the stack runs.
 func (f *Forwarder) Bind(s Stack) { f.stack = s }
 
-// Run forwards until ctx ends, and returns when all it has begun has ended. It is called once.
+// Run forwards until ctx ends, and returns when all it has begun has ended and all flows are closed. It is
+// called once. Close comes after it.
 func (f *Forwarder) Run(ctx context.Context) error {
-	defer f.Close()
+	defer f.endFlows()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	relayed := make(chan error, 1)
@@ -136,7 +136,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	return nil
 }
 
-// Sources are the host's sockets, for a stack that serves them beside its device.
+// Sources are the host's sockets, for a stack that serves them beside its device. They are valid until Close.
 func (f *Forwarder) Sources() []stack.Source {
 	sources := []stack.Source{{FD: f.poller.epoll.FD(), Serve: func() { f.poller.poll(f.ready) }}}
 	f.relay.Sources(func(fd int, serve func()) {
@@ -145,19 +145,25 @@ func (f *Forwarder) Sources() []stack.Source {
 	return sources
 }
 
-// Close ends all flows. It is for a Forwarder that Run is not called for.
+// Close releases what New has opened, and ends all flows. Neither Run nor a stack that serves the Sources may
+// still be at work.
 func (f *Forwarder) Close() error {
+	f.endFlows()
 	f.closing.Do(func() {
-		for _, k := range []*kind{&f.udp, &f.echo} {
-			for _, fl := range k.table.close() {
-				fl.release()
-			}
-		}
 		f.relay.Close()
 		f.receiver.close()
 		f.poller.close()
 	})
 	return nil
+}
+
+// endFlows closes what flows there are, and lets no further one begin.
+func (f *Forwarder) endFlows() {
+	for _, k := range []*kind{&f.udp, &f.echo} {
+		for _, fl := range k.table.close() {
+			fl.release()
+		}
+	}
 }
 
 // ready serves a socket that has something; the poller calls it.

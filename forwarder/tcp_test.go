@@ -54,7 +54,6 @@ func newTCPWorld(t *testing.T, cfg Config) *tcpWorld {
 		NextHop4:  netip.MustParseAddr("10.0.2.2"), NextHop6: netip.MustParseAddr("fd00::2"),
 	}, []stack.Device{b}, quiet{})
 	check(t, err)
-	var wg sync.WaitGroup
 	start := func(run ...func(context.Context) error) func() {
 		ctx, cancel := context.WithCancel(context.Background())
 		var wg sync.WaitGroup
@@ -70,8 +69,8 @@ func newTCPWorld(t *testing.T, cfg Config) *tcpWorld {
 	stopContainer := start(ct.Run)
 	t.Cleanup(func() {
 		w.stop()
+		f.Close()
 		stopContainer()
-		wg.Wait()
 		if st := f.Stats().TCP; st.Flows != 0 || st.Dialling != 0 {
 			t.Errorf("left behind: %+v", st)
 		}
