@@ -60,7 +60,8 @@ func TestNothingLeftOfManyConnections(t *testing.T) {
 	// the ephemeral ports are in TIME-WAIT by now, and a kernel that has used up the odd ones searches long.
 	c.must(t, helper("churn", server.String(), "2500")...)
 	eventually(t, "the files of the second round are closed", func() bool { return u.fds(t) <= filesAtFirst+8 })
-	if _, rss := measure("after 2500 more"); rss > 2*rssIdle {
+	// The race detector keeps a shadow of each octet that was ever used, so that its memory says nothing.
+	if _, rss := measure("after 2500 more"); rss > 2*rssIdle && !raceDetector {
 		t.Errorf("%d KiB after a second round, %d at the peak of the first", rss, rssIdle)
 	}
 }
