@@ -18,7 +18,8 @@ const (
 
 // A Device carries Ethernet frames, each behind a header of HeaderLen octets. One
 // queue of a TAP is one; devices stack, so that a capture or a lossy link is a Device
-// around a Device.
+// around a Device. One that also has FD() int, a descriptor that is readable when there is a frame, is lingered
+// on (linger.go).
 type Device interface {
 	// Read fills vec with the next frame and returns its length in octets, header
 	// included. vec[0] has at least HeaderLen octets and the frame follows the header

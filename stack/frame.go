@@ -72,7 +72,8 @@ func (f *frame) parse() bool {
 
 // verify checks the checksums of a packet for which the kernel does not vouch, because
 // netstack has been told that all are verified. A fragment's transport checksum can only be
-// checked when it is whole: transport.go does that.
+// checked when it is whole: transport.go does that for what goes to the handler. TCP in fragments, and datagrams
+// in fragments for a port of our own, are taken as they are: a container that bends them harms itself.
 func (f *frame) verify() bool {
 	if f.ethertype == uint16(header.IPv4ProtocolNumber) {
 		var s sum
