@@ -111,6 +111,7 @@ func (e *engine) openDevices(ctx context.Context) ([]stack.Device, error) {
 	var err error
 	e.tap, err = tap.Open(ctx, e.ns, tap.Config{
 		Name: o.tapName, MTU: o.mtu, MAC: o.mac, Queues: o.queues, Configure: o.configure,
+		NoOffload: o.noOffload, NoUSO: o.noUSO,
 		IPv4: withLen(p.container4, p.net4), Gateway4: p.gateway4,
 		IPv6: withLen(p.container6, p.net6), Gateway6: p.gateway6,
 		Log: e.log,

@@ -40,6 +40,8 @@ type options struct {
 	mac       net.HardwareAddr
 	configure bool
 	queues    int
+	noOffload bool // of the TAP
+	noUSO     bool
 	plan      plan
 
 	hostLoopback bool

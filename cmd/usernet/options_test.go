@@ -80,6 +80,7 @@ func TestParse(t *testing.T) {
 		{"1 eth7 --tap-name eth7", defaults(func(o *options) { o.pid, o.tapName = 1, "eth7" })},
 		{"--mtu 1500 1", defaults(func(o *options) { o.pid, o.mtu = 1, 1500 })},
 		{"1 --mtu=1500", defaults(func(o *options) { o.pid, o.mtu = 1, 1500 })},
+		{"1 --no-offload --no-uso", defaults(func(o *options) { o.pid, o.noOffload, o.noUSO = 1, true, true })},
 		{"1 --mtu 1500 eth7 --queues=2", defaults(func(o *options) { o.pid, o.mtu, o.tapName, o.queues = 1, 1500, "eth7", 2 })},
 		{"-- 1 eth7", defaults(func(o *options) { o.pid, o.tapName = 1, "eth7" })},
 		{"1 --no-configure", defaults(func(o *options) { o.pid, o.configure = 1, false })},
