@@ -47,7 +47,6 @@ type flags struct {
 	cidr, cidr6                    string
 	ipv6, configure                bool
 	noOffload, noUSO               bool
-	noOffload, noUSO               bool
 	hostLoopback                   bool
 	outbound4, outbound6           string
 	dns                            []string
@@ -58,9 +57,6 @@ type flags struct {
 	pcap                           string
 	pcapSize                       size
 	noSandbox                      bool
-	publish                        []string
-	portPath, apiSocket            string
-	pprof                          bool
 }
 
 // A group is a headline of help and the flags below it.
@@ -88,8 +84,6 @@ func newFlags(run bool) *flags {
 	g.IntVar(&f.queues, "queues", 1, "`NUMBER` of queues of the TAP, 1 to 16, each read by its own thread")
 	g.BoolVar(&f.noOffload, "no-offload", false, "one frame at a time, with its checksum, as on a kernel without the virtio-net header")
 	g.BoolVar(&f.noUSO, "no-uso", false, "one datagram at a time, as on a kernel before Linux 6.2")
-	g.BoolVar(&f.noOffload, "no-offload", false, "one frame at a time, with its checksum, as on a kernel without the virtio-net header")
-	g.BoolVar(&f.noUSO, "no-uso", false, "one datagram at a time, as on a kernel before Linux 6.2")
 
 	g = f.group("Addresses")
 	g.StringVar(&f.cidr, "cidr", defaultCIDR, "IPv4 `PREFIX`, /8 to /25: gateway at +2, DNS at +3, container at +100")
@@ -100,13 +94,6 @@ func newFlags(run bool) *flags {
 	g.BoolVar(&f.hostLoopback, "host-loopback", false, "let the container reach the host's 127.0.0.1 and ::1 through the gateway's address (default: shut)")
 	g.StringVar(&f.outbound4, "outbound-addr", "", "IPv4 `ADDR|INTERFACE` of the host that TCP and UDP leave from")
 	g.StringVar(&f.outbound6, "outbound-addr6", "", "IPv6 `ADDR|INTERFACE` of the host that TCP and UDP leave from")
-
-	g = f.group("Ports")
-	g.StringArrayVarP(&f.publish, "publish", "p", nil, "publish a port of the container's on the host, `[ADDR:]PORT[-END]:[ADDR:]PORT[-END][/PROTO]`, may be repeated; "+
-		"PORT alone is the same on both sides, host port 0 any; PATH:PORT for a unix socket; auto[:PORT,FROM-TO,^PORT...] for whatever listens inside")
-	g.StringVar(&f.portPath, "port-path", portdriver.PathAuto, "data `PATH` of published TCP: kernel copies between sockets of host and container, stack passes the TAP, auto takes the kernel's where it can be had")
-	g.StringVar(&f.apiSocket, "api-socket", "", "`FILE` of the control socket, or none (default: usernet/PID.sock in $XDG_RUNTIME_DIR)")
-	g.BoolVar(&f.pprof, "pprof", false, "profiles of usernet itself on the control socket, below /debug/pprof/")
 
 	g = f.group("Names")
 	g.StringArrayVar(&f.dns, "dns", nil, "resolver to ask, `ADDR[:PORT]`, may be repeated (default: those of the host's resolv.conf, followed as it changes)")
