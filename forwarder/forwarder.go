@@ -145,6 +145,9 @@ func (f *Forwarder) Sources() []stack.Source {
 	return sources
 }
 
+// Relay is what joins the Forwarder's TCP flows, for others to use as well: its Run is the Forwarder's, and so is its Close.
+func (f *Forwarder) Relay() *relay.Loop { return f.relay }
+
 // Close releases what New has opened, and ends all flows. Neither Run nor a stack that serves the Sources may
 // still be at work.
 func (f *Forwarder) Close() error {

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"usernet/forwarder/relay"
 	"usernet/stack"
 
 	"golang.org/x/sys/unix"
@@ -104,13 +105,13 @@ func (f *Forwarder) ServeTCP(ctx context.Context, r *stack.TCPRequest) {
 	conn, err := r.Accept()
 	if err != nil {
 		c.flows.Add(-1)
-		abortSocket(fd)
+		relay.Reset(fd)
 		f.log.Debug("handshake with the container", "src", r.Src, "dst", r.Dst, "err", err)
 		return
 	}
 	f.log.Debug("flow", "src", r.Src, "dst", r.Dst, "host", dst)
 	// Join owns both ends from here on, also when it fails.
-	_ = f.relay.Join(conn, fd, func(error) { c.flows.Add(-1) })
+	_, _ = f.relay.Join(conn, fd, relay.Options{Done: func(error) { c.flows.Add(-1) }})
 }
 
 // dialTCP returns a connected socket.
@@ -134,7 +135,7 @@ func (f *Forwarder) dialTCP(ctx context.Context, dst netip.AddrPort) (int, error
 		return -1, err
 	}
 	if selfConnected(fd, dst) {
-		abortSocket(fd)
+		relay.Reset(fd)
 		return -1, os.NewSyscallError("connect", unix.ECONNREFUSED)
 	}
 	return fd, nil
@@ -166,10 +167,4 @@ func (f *Forwarder) countDial(err error) {
 	default:
 		f.tcp.failed.Add(1)
 	}
-}
-
-// abortSocket closes a connected socket with RST.
-func abortSocket(fd int) {
-	_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
-	_ = unix.Close(fd)
 }

@@ -15,25 +15,42 @@ import (
 // until ctx ends. The error is what the kernel says, an errno; unix.ETIMEDOUT after timeout. fd stays the
 // caller's. Nothing but an entry in a table is held by a dial that hangs.
 func (l *Loop) Connect(ctx context.Context, fd int, to netip.AddrPort, timeout time.Duration) error {
-	switch err := sysConnect(fd, to); err {
-	case nil:
-		return nil
-	case unix.EINPROGRESS, unix.EINTR:
-	default:
-		return os.NewSyscallError("connect", err)
-	}
-	// On loopback the outcome is there already.
-	if done, err := connected(fd); done {
+	if done, err := l.StartConnect(fd, to); done {
 		return err
 	}
+	return l.AwaitConnect(ctx, fd, timeout)
+}
+
+// StartConnect is Connect without waiting: done tells that the outcome is there, which is err. On loopback, and so between
+// an address of a namespace and itself, it always is, unless the listener's queue is full. Else AwaitConnect tells it.
+func (l *Loop) StartConnect(fd int, to netip.AddrPort) (done bool, err error) {
+	switch err := sysConnect(fd, to); err {
+	case nil:
+		return true, nil
+	case unix.EINPROGRESS, unix.EINTR:
+	default:
+		return true, os.NewSyscallError("connect", err)
+	}
+	return connected(fd)
+}
+
+// AwaitConnect waits for the outcome of a StartConnect, as Connect does.
+func (l *Loop) AwaitConnect(ctx context.Context, fd int, timeout time.Duration) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, unix.ETIMEDOUT)
 	defer cancel()
 	return l.worker().await(ctx, fd)
 }
 
+// swapped turns a port of a sockaddr, which is big-endian, into a number, and back.
+func swapped(port uint16) uint16 {
+	var b [2]byte
+	binary.BigEndian.PutUint16(b[:], port)
+	return binary.NativeEndian.Uint16(b[:])
+}
+
 func sysConnect(fd int, to netip.AddrPort) error {
 	var e unix.Errno
-	port := binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, to.Port()))
+	port := swapped(to.Port())
 	if to.Addr().Is4() {
 		sa := unix.RawSockaddrInet4{Family: unix.AF_INET, Port: port, Addr: to.Addr().As4()}
 		_, _, e = unix.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&sa)), unix.SizeofSockaddrInet4)
@@ -82,8 +99,7 @@ func (w *worker) await(ctx context.Context, fd int) error {
 			w.mu.Unlock()
 			return ErrStopped
 		}
-		w.nextID++
-		id := w.nextID
+		id := w.idLocked()
 		w.dials[id] = ready
 		err := w.watchLocked(fd, id, unix.EPOLLOUT)
 		if err != nil {

@@ -25,11 +25,13 @@ type End interface {
 // maxWorkers: more cores than this are rather needed by netstack and the host's kernel.
 const maxWorkers = 4
 
-// Loop relays any number of connections. Make it with NewLoop, then call Run.
+// Loop relays any number of connections, and accepts them. Make it with NewLoop, then call Run.
 type Loop struct {
 	workers []*worker
 	next    atomic.Uint32
 	stats   counters
+	rests   rests
+	pauses  pauses
 }
 
 type counters struct {
@@ -87,25 +89,6 @@ func (l *Loop) Close() {
 // ErrStopped is what Join returns once Run has ended.
 var ErrStopped = errors.New("relay has stopped")
 
-// Join relays between end and the connected, non-blocking TCP socket fd from now on. Both belong to the Loop
-// afterwards, also when it returns an error (they are aborted then); done, if not nil, is
-// called when both have been closed, err being nil for an orderly end. done must not block.
-func (l *Loop) Join(end End, fd int, done func(err error)) error {
-	s := &stream{end: end, fd: fd, done: done, w: l.worker()}
-	l.stats.joined.Add(1)
-	l.stats.active.Add(1)
-	// Until the socket is watched too, s counts as queued already, so that nobody pumps it.
-	s.queued.Store(true)
-	end.OnReady(s.onReady)
-	if err := s.w.add(s); err != nil {
-		s.finish(err)
-		return err
-	}
-	s.queued.Store(false)
-	s.w.enqueue(s)
-	return nil
-}
-
 // Sources calls each with a descriptor that is readable when sockets of the host have events, and a function
 // that serves these, without blocking, in place of the goroutines of Run. Both are valid until Run ends.
 func (l *Loop) Sources(each func(fd int, serve func())) {
@@ -117,10 +100,14 @@ func (l *Loop) Sources(each func(fd int, serve func())) {
 // worker picks the worker for another socket.
 func (l *Loop) worker() *worker { return l.workers[l.next.Add(1)%uint32(len(l.workers))] }
 
-// prepare sets on a socket what a relay needs. TCP_NODELAY: Nagle's delay is the sender's business.
-// OOBINLINE: an urgent octet stays in its place. Keepalive with the host's own times finds peers that vanished.
-func prepare(fd int) {
-	_ = sysSetsockopt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+// prepare sets on a socket what a relay needs, and tells whether it is one of TCP. TCP_NODELAY: Nagle's delay is
+// the sender's business. OOBINLINE: an urgent octet stays in its place. Keepalive with the host's own times finds
+// peers that vanished. What a listener has of this, those whom it accepts inherit.
+func prepare(fd int) (tcp bool) {
+	if sysSetsockopt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) != nil {
+		return false // AF_UNIX has none of these
+	}
 	_ = sysSetsockopt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
 	_ = sysSetsockopt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+	return true
 }

@@ -184,7 +184,7 @@ func TestJoinPassesBothWays(t *testing.T) {
 	e := newMemoryEnd()
 	fd, peer := hostPair(t)
 	done := make(chan error, 1)
-	if err := l.Join(e, fd, func(err error) { done <- err }); err != nil {
+	if _, err := l.Join(e, fd, Options{Done: func(err error) { done <- err }}); err != nil {
 		t.Fatal(err)
 	}
 	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<16)
@@ -215,7 +215,7 @@ func TestJoinWaitsForRoom(t *testing.T) {
 	e := newMemoryEnd()
 	e.room = 5
 	fd, peer := hostPair(t)
-	if err := l.Join(e, fd, nil); err != nil {
+	if _, err := l.Join(e, fd, Options{}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := peer.Write([]byte("hello, world")); err != nil {
@@ -251,7 +251,7 @@ func TestJoinAborts(t *testing.T) {
 			e := newMemoryEnd()
 			fd, peer := hostPair(t)
 			done := make(chan error, 1)
-			if err := l.Join(e, fd, func(err error) { done <- err }); err != nil {
+			if _, err := l.Join(e, fd, Options{Done: func(err error) { done <- err }}); err != nil {
 				t.Fatal(err)
 			}
 			test.do(e, peer, stop)
@@ -277,7 +277,7 @@ func TestOctetsBeforeResetArrive(t *testing.T) {
 		e := newMemoryEnd()
 		fd, peer := hostPair(t)
 		done := make(chan error, 1)
-		if err := l.Join(e, fd, func(err error) { done <- err }); err != nil {
+		if _, err := l.Join(e, fd, Options{Done: func(err error) { done <- err }}); err != nil {
 			t.Fatal(err)
 		}
 		e.send([]byte("a request that nobody reads"), false)
@@ -304,7 +304,7 @@ func TestResetDoesNotWaitForRoom(t *testing.T) {
 	e.room = 1
 	fd, peer := hostPair(t)
 	done := make(chan error, 1)
-	if err := l.Join(e, fd, func(err error) { done <- err }); err != nil {
+	if _, err := l.Join(e, fd, Options{Done: func(err error) { done <- err }}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := peer.Write([]byte("four")); err != nil {
@@ -323,7 +323,7 @@ func TestJoinAfterStop(t *testing.T) {
 	stop()
 	e := newMemoryEnd()
 	fd, peer := hostPair(t)
-	if err := l.Join(e, fd, nil); !errors.Is(err, ErrStopped) {
+	if _, err := l.Join(e, fd, Options{}); !errors.Is(err, ErrStopped) {
 		t.Errorf("join: %v", err)
 	}
 	if !e.aborted {
@@ -454,7 +454,7 @@ func BenchmarkRelayRoundTrip(b *testing.B) {
 	l, _ := running(b)
 	e := newMemoryEnd()
 	fd, peer := hostPair(b)
-	if err := l.Join(e, fd, nil); err != nil {
+	if _, err := l.Join(e, fd, Options{}); err != nil {
 		b.Fatal(err)
 	}
 	buf := make([]byte, 64)

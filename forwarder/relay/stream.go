@@ -29,11 +29,9 @@ const resetGrace = 50 * time.Millisecond
 // Each direction ends by itself (outDone, inDone); the stream ends when both have, or at
 // once when either end is reset.
 type stream struct {
-	end  End
-	fd   int
-	w    *worker
-	id   uint64
-	done func(error)
+	Joint
+	end End
+	fd  int
 
 	hostEvents uint32 // of epoll, since the last pump
 	readable   bool   // the socket may have octets or its end
@@ -46,7 +44,6 @@ type stream struct {
 	grace      *time.Timer
 	finished   bool
 
-	queued    atomic.Bool
 	expired   atomic.Bool // the grace is over
 	endFailed atomic.Bool // the container's end is over, in order or not
 	wantRoom  atomic.Bool // Fill found no room
@@ -60,13 +57,18 @@ func (s *stream) onReady(in, _, ended bool) {
 	if !in && !ended && !s.wantRoom.Load() {
 		return // an acknowledgement; nobody waits for room
 	}
-	s.w.enqueue(s)
+	s.enqueue()
 }
+
+func (s *stream) mark(_ int, events uint32) { s.hostEvents |= events }
 
 // pump moves what can be moved, within a turn.
 func (s *stream) pump() {
-	s.queued.Store(false)
 	if s.finished {
+		return
+	}
+	if s.aborted.Load() {
+		s.finish(ErrAborted)
 		return
 	}
 	if ev := s.hostEvents; ev != 0 {
@@ -104,7 +106,7 @@ func (s *stream) pump() {
 	case s.outDone && s.inDone:
 		s.finish(nil)
 	case moreOut || moreIn:
-		s.w.enqueue(s) // behind the others
+		s.enqueue() // behind the others
 	}
 }
 
@@ -122,7 +124,7 @@ func (s *stream) letGo() {
 	} else if s.grace == nil {
 		s.grace = time.AfterFunc(resetGrace, func() {
 			s.expired.Store(true)
-			s.w.enqueue(s)
+			s.enqueue()
 		})
 	}
 }
@@ -135,7 +137,7 @@ func (s *stream) outbound() (more bool, err error) {
 		}
 		s.w.hostErr = nil
 		n, err := s.end.Drain(s.w.write)
-		s.w.loop.stats.octetsOut.Add(uint64(n))
+		s.countOut(n)
 		switch {
 		case s.w.hostErr != nil:
 			s.breakHost(s.w.hostErr)
@@ -175,7 +177,7 @@ func (s *stream) inbound() (more bool, err error) {
 		s.w.hostErr = nil
 		s.wantRoom.Store(true)
 		took, err := s.end.Fill(min(n, maxRead), s.w.read)
-		s.w.loop.stats.octetsIn.Add(uint64(took))
+		s.countIn(took)
 		switch {
 		case s.w.hostErr != nil:
 			return false, s.w.hostErr
@@ -225,20 +227,15 @@ func (s *stream) finish(err error) {
 	if s.grace != nil {
 		s.grace.Stop() // one that fires now finds s finished
 	}
-	s.w.remove(s)
-	stats := &s.w.loop.stats
+	s.w.remove(&s.entry)
 	if err == nil {
 		_ = s.end.Close()
+		sysClose(s.fd)
 	} else {
-		stats.aborted.Add(1)
 		s.end.Abort()
-		_ = unix.SetsockoptLinger(s.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+		Reset(s.fd)
 	}
-	sysClose(s.fd)
-	stats.active.Add(-1)
-	if s.done != nil {
-		s.done(err)
-	}
+	s.over(err)
 }
 
 // socketError takes the error that is pending on a socket.

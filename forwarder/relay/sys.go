@@ -57,6 +57,59 @@ func sysPeek(fd int) (int, error) {
 	}
 }
 
+// sysRecv and sysSend go past the file layer, and sysSend raises no SIGPIPE.
+func sysRecv(fd int, p []byte) (int, error) {
+	for {
+		n, _, e := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), unix.MSG_DONTWAIT, 0, 0)
+		switch e {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+		default:
+			return -1, e
+		}
+	}
+}
+
+func sysSend(fd int, p []byte) (int, error) {
+	for {
+		n, _, e := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, 0, 0)
+		switch e {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+		default:
+			return -1, e
+		}
+	}
+}
+
+// sysUnsent is how many octets a socket's peer has not acknowledged.
+func sysUnsent(fd int) (int, error) {
+	var n int32
+	if _, err := rawCall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCOUTQ, uintptr(unsafe.Pointer(&n))); err != nil {
+		return 0, os.NewSyscallError("ioctl SIOCOUTQ", err)
+	}
+	return int(n), nil
+}
+
+// sysAccept returns a non-blocking close-on-exec socket, and writes up to *size octets of its peer's address.
+func sysAccept(fd int, from *unix.RawSockaddrAny, size *uint32) (int, error) {
+	n, _, e := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(fd), uintptr(unsafe.Pointer(from)), uintptr(unsafe.Pointer(size)), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+	if e != 0 {
+		return -1, e
+	}
+	return int(n), nil
+}
+
+func sysSetLinger(fd int, linger *unix.Linger) error {
+	_, _, e := unix.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_LINGER, uintptr(unsafe.Pointer(linger)), unsafe.Sizeof(*linger), 0)
+	if e != 0 {
+		return os.NewSyscallError("setsockopt", e)
+	}
+	return nil
+}
+
 func sysShutdown(fd int) error {
 	_, err := rawCall(unix.SYS_SHUTDOWN, uintptr(fd), unix.SHUT_WR, 0)
 	return err

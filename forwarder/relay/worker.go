@@ -3,6 +3,7 @@ package relay
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -11,23 +12,42 @@ import (
 // maxEvents is how many events of the host's sockets are taken at once.
 const maxEvents = 128
 
-// worker serves the streams that were given to it, one at a time.
+// job is what a worker serves: a stream, a pair or a listener. Both methods are called with pumping held.
+type job interface {
+	mark(socket int, events uint32) // notes what epoll says of one of its sockets, by number
+	pump()                          // does what can be done, within a turn; again for each enqueue
+	finish(err error)               // ends it with an error; called once Run has ended, and does nothing after the end
+}
+
+// entry is what a worker knows of a job.
+type entry struct {
+	w      *worker
+	id     uint64
+	job    job
+	queued atomic.Bool
+}
+
+// enqueue has the job pumped soon. Any goroutine may call it, with any lock held but w.mu.
+func (e *entry) enqueue() { e.w.enqueue(e) }
+
+// worker serves the jobs that were given to it, one at a time.
 //
-//	host's sockets ── epoll ── watch ── mark ──┐
-//	                                           ├── queue ── pump ── …
-//	container's ends ───── onReady ── serve ───┘
+//	sockets ──────── epoll ── watch ── mark ──┐
+//	                                          ├── queue ── pump ── …
+//	container's ends ──── onReady ── serve ───┘
 //
-// Two goroutines pump: watch, which has an event of the host's at hand already, and serve, which is woken for
+// Two goroutines pump: watch, which has an event of a socket at hand already, and serve, which is woken for
 // what happens at a container's end, under whose locks nothing may be pumped. pumping keeps them apart.
 type worker struct {
 	loop   *Loop
 	epoll  *Epoll
 	events [maxEvents]unix.EpollEvent // watch's
 
-	pumping sync.Mutex // held while a stream is pumped; guards the following
+	pumping sync.Mutex // held while a job is pumped; guards the following
+	shared  []byte     // see buffer
 	polled  [maxEvents]unix.EpollEvent
 	iov     []unix.Iovec
-	cur     *stream                     // being pumped
+	cur     *stream                     // being pumped, where it is one
 	hostErr error                       // what the host's socket said during cur's Drain or Fill
 	write   func([][]byte) (int, error) // cur's writeHost and readHost, made once
 	read    func([]byte) (int, error)
@@ -35,9 +55,9 @@ type worker struct {
 	wake chan struct{} // tells serve that the queue is not empty
 
 	mu      sync.Mutex
-	queue   []*stream
-	spare   []*stream
-	streams map[uint64]*stream
+	queue   []*entry
+	spare   []*entry
+	jobs    map[uint64]*entry
 	dials   map[uint64]chan struct{} // see Connect
 	nextID  uint64
 	asleep  bool // serve waits for wake
@@ -52,7 +72,7 @@ func newWorker(l *Loop) (*worker, error) {
 	}
 	w := &worker{
 		loop: l, epoll: epoll, wake: make(chan struct{}, 1),
-		streams: make(map[uint64]*stream), dials: make(map[uint64]chan struct{}),
+		jobs: make(map[uint64]*entry), dials: make(map[uint64]chan struct{}),
 	}
 	w.write, w.read = w.writeHost, w.readHost
 	return w, nil
@@ -72,37 +92,48 @@ func (w *worker) watchLocked(fd int, id uint64, mask uint32) error {
 	return w.epoll.Add(fd, id, mask|unix.EPOLLET&0xffffffff)
 }
 
-// add begins to watch s's socket.
-func (w *worker) add(s *stream) error {
-	prepare(s.fd)
+// socketBits are the lowest bits of an id, which number the sockets of one job.
+const socketBits = 1
+
+func (w *worker) idLocked() uint64 {
+	w.nextID += 1 << socketBits
+	return w.nextID
+}
+
+// add begins to watch e's sockets, all of them before anybody hears of one.
+func (w *worker) add(e *entry, mask uint32, fds ...int) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.stopped {
 		return ErrStopped
 	}
-	w.nextID++
-	s.id = w.nextID
-	if err := w.watchLocked(s.fd, s.id, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP); err != nil {
-		return err
+	e.id = w.idLocked()
+	for i, fd := range fds {
+		if err := w.watchLocked(fd, e.id+uint64(i), mask); err != nil {
+			return err // the one before leaves the set as it is closed
+		}
 	}
-	w.streams[s.id] = s
+	w.jobs[e.id] = e
 	return nil
 }
 
-// remove forgets s; its socket leaves the epoll set when it is closed.
-func (w *worker) remove(s *stream) {
+// remove forgets e; its sockets leave the epoll set when they are closed.
+func (w *worker) remove(e *entry) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	delete(w.streams, s.id)
+	delete(w.jobs, e.id)
 }
 
-// enqueue has s pumped soon. Any goroutine may call it, with any lock held but w.mu.
-func (w *worker) enqueue(s *stream) {
-	if s.queued.Swap(true) {
+func (w *worker) enqueue(e *entry) {
+	if e.queued.Swap(true) {
 		return
 	}
 	w.mu.Lock()
-	w.queue = append(w.queue, s)
+	if w.stopped {
+		w.mu.Unlock()
+		return
+	}
+	w.queue = append(w.queue, e)
 	wake := w.asleep
 	w.asleep = false
 	w.mu.Unlock()
@@ -111,7 +142,15 @@ func (w *worker) enqueue(s *stream) {
 	}
 }
 
-// run pumps until ctx ends, then aborts all streams.
+// buffer is what pairs copy through, one at a time: maxRead octets.
+func (w *worker) buffer() []byte {
+	if w.shared == nil {
+		w.shared = make([]byte, maxRead)
+	}
+	return w.shared
+}
+
+// run pumps until ctx ends, then aborts all jobs.
 func (w *worker) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -130,13 +169,15 @@ func (w *worker) run(ctx context.Context) error {
 		delete(w.dials, id)
 		close(d)
 	}
-	left := make([]*stream, 0, len(w.streams))
-	for _, s := range w.streams {
-		left = append(left, s)
+	left := make([]*entry, 0, len(w.jobs))
+	for _, e := range w.jobs {
+		left = append(left, e)
 	}
 	w.mu.Unlock()
-	for _, s := range left {
-		s.finish(ErrStopped)
+	w.pumping.Lock() // whoever serves the Sources may still be at work
+	defer w.pumping.Unlock()
+	for _, e := range left {
+		e.job.finish(ErrStopped)
 	}
 	return err
 }
@@ -193,40 +234,41 @@ func (w *worker) pump() {
 	batch := w.queue
 	w.queue, w.spare = w.spare[:0], batch
 	w.mu.Unlock()
-	for _, s := range batch {
-		w.cur = s
-		s.pump()
+	for _, e := range batch {
+		e.queued.Store(false)
+		w.cur, _ = e.job.(*stream)
+		e.job.pump()
 	}
 	w.cur = nil
-	clear(batch) // streams that have ended are not held until the slice is used again
+	clear(batch) // jobs that have ended are not held until the slice is used again
 }
 
-// mark notes what events say on their streams and queues these.
+// mark notes what events say on their jobs and queues these.
 func (w *worker) mark(events []unix.EpollEvent) {
 	for i := range events {
 		ev := &events[i]
 		id := EventID(ev)
 		w.mu.Lock()
-		s := w.streams[id]
+		e := w.jobs[id&^(1<<socketBits-1)]
 		if d := w.dials[id]; d != nil {
 			delete(w.dials, id)
 			close(d)
 		}
 		w.mu.Unlock()
-		if s == nil {
-			continue // a dial, or a stream that ended meanwhile
+		if e == nil {
+			continue // a dial, or a job that ended meanwhile
 		}
-		s.hostEvents |= ev.Events
-		w.enqueueHere(s)
+		e.job.mark(int(id&(1<<socketBits-1)), ev.Events)
+		w.enqueueHere(e)
 	}
 }
 
 // enqueueHere is enqueue by whoever will pump right away.
-func (w *worker) enqueueHere(s *stream) {
-	if s.queued.Swap(true) {
+func (w *worker) enqueueHere(e *entry) {
+	if e.queued.Swap(true) {
 		return
 	}
 	w.mu.Lock()
-	w.queue = append(w.queue, s)
+	w.queue = append(w.queue, e)
 	w.mu.Unlock()
 }
