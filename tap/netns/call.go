@@ -132,6 +132,10 @@ func ownNamespace() ([]byte, []*os.File, error) {
 // findPlaceLocked tries whether a thread of ours may enter, which needs CAP_SYS_ADMIN both in our own
 // user namespace and in the owner: root has it, and so has what runs in podman's namespace.
 func (n *NS) findPlaceLocked() error {
+	if n.always && n.userFd >= 0 {
+		n.direct = placeHelper
+		return nil
+	}
 	err := n.onThread(func() {})
 	switch {
 	case err == nil:

@@ -22,6 +22,10 @@ type Config struct {
 	// one that the kernel says owns the network namespace, which is right wherever
 	// we may ask.
 	UserPath string
+
+	// Helper has calls go to a helper also where a thread of ours might enter: it goes on answering when
+	// the process has given up the rights to enter, or to start another.
+	Helper bool
 }
 
 // An NS is an open network namespace. Its methods may be called concurrently, except
@@ -33,6 +37,7 @@ type NS struct {
 	life   life
 
 	ownerErr error
+	always   bool // a helper, also where a thread would do
 
 	mu       sync.Mutex // guards what follows, and is held during a call: calls take turns
 	direct   place
@@ -58,7 +63,7 @@ func OpenPath(path string) (*NS, error) { return Open(Config{Path: path}) }
 
 // Open opens a namespace. The caller closes it.
 func Open(cfg Config) (*NS, error) {
-	n := &NS{fd: -1, userFd: -1, life: noLife()}
+	n := &NS{fd: -1, userFd: -1, life: noLife(), always: cfg.Helper}
 	var err error
 	switch {
 	case (cfg.PID != 0) == (cfg.Path != ""):

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"syscall"
 	"unsafe"
 
@@ -21,7 +22,7 @@ import (
 //	parent                               child
 //	plan, fds ≥ 10, pipe
 //	clone ───────────────────────────▶   setsid
-//	read the pipe                        setns(owner), setns(netns)
+//	read the pipe                        setns(owner) unless we are in it, setns(netns)
 //	  │                                  capabilities made to survive execve
 //	  │                                  0,1 = /dev/null · 2 stays · 3 = the socketpair
 //	  │◀── end of file: it runs ──────   execveat(our own binary)
@@ -65,7 +66,7 @@ func (s stage) String() string {
 
 // helperCaps are what a helper is left with: the TAP, addresses, routes, rules, transparent
 // sockets (CAP_NET_ADMIN), raw sockets, and ports below 1024. They are the lot: entering
-// needed more, and is over.
+// needed more, and is over. Where it stays in our own user namespace it gets those that we have.
 const helperCaps = 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_NET_RAW | 1<<unix.CAP_NET_BIND_SERVICE
 
 // secbitNoRoot (SECBIT_NOROOT, include/uapi/linux/securebits.h) keeps execve from giving
@@ -74,7 +75,9 @@ const secbitNoRoot = 1
 
 // A plan is all that the child needs, in memory that does not move.
 type plan struct {
-	userNS, netNS  uintptr
+	userNS, netNS  uintptr // userNS is noUserNS where it is our own
+	noRoot         bool    // set secbitNoRoot: always where we become somebody in another user namespace
+	caps           uintptr
 	exe, null      uintptr
 	socket, report uintptr
 	capHeader      unix.CapUserHeader
@@ -84,7 +87,14 @@ type plan struct {
 	failure        [2]uint32 // stage, errno
 }
 
+// noUserNS: stay in the user namespace that we are in. It may not be entered again.
+const noUserNS = ^uintptr(0)
+
 func startHelper(userNS, netNS int) (_ *helper, err error) {
+	own, err := isOwnUserNS(userNS)
+	if err != nil {
+		return nil, err
+	}
 	var fds []int // the parent's copies, at 10 and above so that the child can fill 0 to 3
 	defer func() {
 		for _, fd := range fds {
@@ -132,16 +142,21 @@ func startHelper(userNS, netNS int) (_ *helper, err error) {
 	defer unix.Close(report[0])
 
 	p := &plan{
-		userNS: keep(userNS), netNS: keep(netNS), exe: keep(exe), null: keep(null),
-		socket: keep(pair[1]), report: keep(report[1]),
+		userNS: noUserNS, netNS: keep(netNS), noRoot: true, caps: helperCaps,
+		exe: keep(exe), null: keep(null), socket: keep(pair[1]), report: keep(report[1]),
 		capHeader: unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3},
 		empty:     new(byte),
 	}
 	unix.Close(report[1])
-	p.capData[0] = unix.CapUserData{Effective: helperCaps, Permitted: helperCaps, Inheritable: helperCaps}
+	if !own {
+		p.userNS = keep(userNS)
+	} else if err == nil {
+		err = p.limit()
+	}
 	if err != nil {
 		return nil, err
 	}
+	p.capData[0] = unix.CapUserData{Effective: uint32(p.caps), Permitted: uint32(p.caps), Inheritable: uint32(p.caps)}
 	if p.argv, err = syscall.SlicePtrFromStrings([]string{helperName}); err != nil {
 		return nil, err
 	}
@@ -156,17 +171,42 @@ func startHelper(userNS, netNS int) (_ *helper, err error) {
 	if errno != 0 {
 		return nil, fmt.Errorf("clone: %w", errno)
 	}
+	i := slices.Index(fds, int(p.report))
 	unix.Close(int(p.report))
-	fds = fds[:len(fds)-1]
+	fds = slices.Delete(fds, i, i+1)
 	proc, err := os.FindProcess(pid) // our child, not yet waited for: the PID is still its own
 	if err != nil {
 		return nil, err
 	}
-	if err := readFailure(report[0]); err != nil {
+	if err := readFailure(report[0], own); err != nil {
 		proc.Wait()
 		return nil, err
 	}
 	return &helper{conn: conn, proc: proc}, nil
+}
+
+// isOwnUserNS tells whether fd names the user namespace that we are in.
+func isOwnUserNS(fd int) (bool, error) {
+	var ours, theirs unix.Stat_t
+	if err := unix.Fstat(fd, &theirs); err != nil {
+		return false, fmt.Errorf("look at its user namespace: %w", err)
+	}
+	if err := unix.Stat("/proc/self/ns/user", &ours); err != nil {
+		return false, fmt.Errorf("look at our own user namespace (is /proc mounted?): %w", err)
+	}
+	return ours.Dev == theirs.Dev && ours.Ino == theirs.Ino, nil
+}
+
+// limit asks for no more than what we have ourselves: nothing is gained by staying where we are.
+func (p *plan) limit() error {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var have [2]unix.CapUserData
+	if err := unix.Capget(&header, &have[0]); err != nil {
+		return fmt.Errorf("capget: %w", err)
+	}
+	p.caps &= uintptr(have[0].Permitted)
+	p.noRoot = have[0].Effective&(1<<unix.CAP_SETPCAP) != 0
+	return nil
 }
 
 // helperEnv is the helper's environment: nothing but what the Go runtime reads.
@@ -181,7 +221,7 @@ func helperEnv() []string {
 }
 
 // readFailure waits until the child has called execve or failed before.
-func readFailure(fd int) error {
+func readFailure(fd int, ownUser bool) error {
 	var raw [8]byte
 	var n int
 	var err error
@@ -201,10 +241,10 @@ func readFailure(fd int) error {
 	switch {
 	case s == stageUserNS && errno == unix.EPERM:
 		return fmt.Errorf("%s: it was not made by our user (or a security module forbids it): run usernet as whoever made it, or as root: %w", s, errno)
+	case s == stageNetNS && errno == unix.EPERM && ownUser:
+		return fmt.Errorf("%s: its user namespace is ours and we lack CAP_SYS_ADMIN there: run usernet as root of that user namespace: %w", s, errno)
 	case s == stageNetNS && errno == unix.EPERM:
 		return fmt.Errorf("%s: the user namespace that was entered does not own it (is --userns-path right?): %w", s, errno)
-	case s == stageUserNS && errno == unix.EINVAL:
-		return fmt.Errorf("%s: we are in it already and lack CAP_SYS_ADMIN there: run usernet as root of that user namespace: %w", s, errno)
 	}
 	return fmt.Errorf("%s: %w", s, errno)
 }
@@ -245,8 +285,10 @@ func child(p *plan) {
 		goto failed
 	}
 	s = stageUserNS
-	if _, _, errno = syscall.RawSyscall(unix.SYS_SETNS, p.userNS, unix.CLONE_NEWUSER, 0); errno != 0 {
-		goto failed
+	if p.userNS != noUserNS {
+		if _, _, errno = syscall.RawSyscall(unix.SYS_SETNS, p.userNS, unix.CLONE_NEWUSER, 0); errno != 0 {
+			goto failed
+		}
 	}
 	s = stageNetNS
 	if _, _, errno = syscall.RawSyscall(unix.SYS_SETNS, p.netNS, unix.CLONE_NEWNET, 0); errno != 0 {
@@ -255,8 +297,10 @@ func child(p *plan) {
 	// execve takes all capabilities from a uid that is not 0, except ambient ones, and gives all to
 	// uid 0 unless told not to.
 	s = stageSecurebits
-	if _, _, errno = syscall.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_SECUREBITS, secbitNoRoot, 0, 0, 0, 0); errno != 0 {
-		goto failed
+	if p.noRoot {
+		if _, _, errno = syscall.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_SECUREBITS, secbitNoRoot, 0, 0, 0, 0); errno != 0 {
+			goto failed
+		}
 	}
 	s = stageCapset
 	if _, _, errno = syscall.RawSyscall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&p.capHeader)), uintptr(unsafe.Pointer(&p.capData)), 0); errno != 0 {
@@ -264,7 +308,7 @@ func child(p *plan) {
 	}
 	s = stageAmbient
 	for c = 0; c < 32; c++ {
-		if helperCaps&(1<<c) == 0 {
+		if p.caps&(1<<c) == 0 {
 			continue
 		}
 		if _, _, errno = syscall.RawSyscall6(unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, c, 0, 0, 0); errno != 0 {
