@@ -52,12 +52,11 @@ type frameWriter struct {
 	vec    [][]byte
 }
 
-// WritePackets sends what netstack has built: a virtio header in front, NEEDS_CSUM and the
-// segment size where netstack left these to the device.
+// WritePackets is stack.LinkEndpoint's. netstack does not use it: see WritePacket.
 func (l *link) WritePackets(list stack.PacketBufferList) (int, tcpip.Error) {
 	sent := 0
 	for _, pkt := range list.AsSlice() {
-		if err := l.writePacket(pkt); err != nil {
+		if err := l.WritePacket(pkt); err != nil {
 			return sent, err
 		}
 		sent++
@@ -65,7 +64,10 @@ func (l *link) WritePackets(list stack.PacketBufferList) (int, tcpip.Error) {
 	return sent, nil
 }
 
-func (l *link) writePacket(pkt *stack.PacketBuffer) tcpip.Error {
+// WritePacket sends what netstack has built: a virtio header in front, NEEDS_CSUM and the
+// segment size where netstack left these to the device. It makes the link its own stack.QueueingDiscipline;
+// netstack's would make a list of each packet, which is an allocation.
+func (l *link) WritePacket(pkt *stack.PacketBuffer) tcpip.Error {
 	w := l.writes.Get().(*frameWriter)
 	h := vnetHeader{}
 	if gso := pkt.GSOOptions; gso.Type != stack.GSONone && gso.NeedsCsum {

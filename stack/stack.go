@@ -166,7 +166,7 @@ func (cfg *Config) validate() error {
 func (s *Stack) configure() error {
 	s.setTCPOptions()
 	s.setHandlers()
-	if err := s.ns.CreateNICWithOptions(nicID, s.link, stack.NICOptions{Name: "gateway"}); err != nil {
+	if err := s.ns.CreateNICWithOptions(nicID, s.link, stack.NICOptions{Name: "gateway", QDisc: s.link}); err != nil {
 		return fmt.Errorf("make netstack's interface: %w", errno(err))
 	}
 	// Promiscuous: every address of the world is answered here. Spoofing: with any of them as the source.
