@@ -46,6 +46,17 @@ func Handle[A, R any](f func(ctx context.Context, args A) (R, []*os.File, error)
 // errno of the system call that failed, wherever that was. Where ctx ends first the helper
 // is ended too, and the next call starts another.
 func (n *NS) Call(ctx context.Context, ops Ops, name string, args, reply any) ([]*os.File, error) {
+	fds, err := n.CallFDs(ctx, ops, name, args, reply)
+	var files []*os.File
+	for _, fd := range fds {
+		files = append(files, os.NewFile(uintptr(fd), name))
+	}
+	return files, err
+}
+
+// CallFDs is Call for whoever wants the bare descriptors, which have close-on-exec and are as
+// the operation left them.
+func (n *NS) CallFDs(ctx context.Context, ops Ops, name string, args, reply any) ([]int, error) {
 	op, ok := ops[name]
 	if !ok {
 		return nil, fmt.Errorf("no operation %q", name)
@@ -65,28 +76,43 @@ func (n *NS) Call(ctx context.Context, ops Ops, name string, args, reply any) ([
 	if err := n.settleLocked(ctx); err != nil {
 		return nil, err
 	}
-	var out []byte
-	var files []*os.File
-	if n.direct == placeThread {
-		var opErr error
-		if err := n.onThread(func() { out, files, opErr = op(ctx, raw) }); err != nil {
-			return nil, fmt.Errorf("enter %s: %w", n.name, err)
-		}
-		err = opErr
-	} else {
-		out, files, err = n.callHelperLocked(ctx, name, raw)
-	}
+	out, fds, err := n.callLocked(ctx, name, raw, op)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", n.name, err)
 	}
 	if reply == nil {
-		return files, nil
+		return fds, nil
 	}
 	if err := json.Unmarshal(out, reply); err != nil {
-		closeAll(files)
+		closeFDs(fds)
 		return nil, fmt.Errorf("reply of %s: %w", name, err)
 	}
-	return files, nil
+	return fds, nil
+}
+
+// callLocked runs op, which the helper knows by name, in the place for calls.
+func (n *NS) callLocked(ctx context.Context, name string, args []byte, op Op) (reply []byte, fds []int, err error) {
+	if n.direct == placeHelper {
+		return n.callHelperLocked(ctx, name, args)
+	}
+	var files []*os.File
+	var opErr error
+	if err := n.onThread(func() { reply, files, opErr = op(ctx, args) }); err != nil {
+		return nil, nil, fmt.Errorf("enter: %w", err)
+	}
+	defer closeAll(files)
+	if opErr != nil {
+		return nil, nil, opErr
+	}
+	for _, f := range files {
+		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			closeFDs(fds)
+			return nil, nil, err
+		}
+		fds = append(fds, fd)
+	}
+	return reply, fds, nil
 }
 
 // settleLocked finds the place for calls, and replaces our descriptor by one that was opened inside: one
@@ -100,17 +126,11 @@ func (n *NS) settleLocked(ctx context.Context) error {
 	if n.unpinned || n.life.pidfd >= 0 { // those of /proc are of no mount
 		return nil
 	}
-	var files []*os.File
-	var opErr, err error
-	if n.direct == placeThread {
-		err = n.onThread(func() { _, files, opErr = ownNamespace() })
-	} else {
-		_, files, err = n.callHelperLocked(ctx, opSelf, nil)
+	_, fds, err := n.callLocked(ctx, opSelf, nil, func(context.Context, []byte) ([]byte, []*os.File, error) { return ownNamespace() })
+	if err == nil {
+		err = unix.Dup3(fds[0], n.fd, unix.O_CLOEXEC)
 	}
-	if err = errors.Join(err, opErr); err == nil {
-		err = unix.Dup3(int(files[0].Fd()), n.fd, unix.O_CLOEXEC)
-	}
-	closeAll(files)
+	closeFDs(fds)
 	if err != nil {
 		return fmt.Errorf("enter %s: %w", n.name, err)
 	}

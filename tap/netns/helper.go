@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -48,14 +49,57 @@ func HelperMain(ops Ops) int {
 	return 0
 }
 
-// serve reads while an operation runs, to see the parent's end at once; the process ends then with
-// the operation in it.
+// An ending is what a helper does last of all.
+type ending struct {
+	mu sync.Mutex
+	do map[string]func()
+}
+
+type endingKey struct{}
+
+// AtEnd has a helper call f when it ends, by NS.Close or by the death of its parent, to undo what an
+// operation did. ctx is the operation's. Of one name the last f counts, and nil takes it back. It tells whether there
+// will be such an end: where the operation runs on a thread of its caller there is none.
+func AtEnd(ctx context.Context, name string, f func()) bool {
+	e, ok := ctx.Value(endingKey{}).(*ending)
+	if !ok {
+		return false
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if f == nil {
+		delete(e.do, name)
+	} else {
+		e.do[name] = f
+	}
+	return true
+}
+
+// run waits for the operation that is under way, which has been told to stop: two must not change
+// the namespace at once. One that does not stop is cut off by the end of the process.
+func (e *ending) run(idle <-chan struct{}) {
+	select {
+	case <-idle:
+	case <-time.After(endGrace / 2):
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, f := range e.do {
+		f()
+	}
+}
+
+// serve reads while an operation runs, to see the parent's end at once.
 func serve(c *net.UnixConn, ops Ops) error {
-	ctx, cancel := context.WithCancel(context.Background())
+	last := &ending{do: map[string]func(){}}
+	idle := make(chan struct{})
+	defer last.run(idle)
+	ctx, cancel := context.WithCancel(context.WithValue(context.Background(), endingKey{}, last))
 	defer cancel()
 	calls := make(chan request)
 	defer close(calls)
 	go func() {
+		defer close(idle)
 		for r := range calls {
 			a, files := do(ctx, ops, r)
 			err := send(c, a, files)
@@ -70,12 +114,16 @@ func serve(c *net.UnixConn, ops Ops) error {
 	}()
 	for {
 		var r request
-		files, err := receive(c, &r)
+		fds, err := receive(c, &r)
 		if err != nil {
 			return err
 		}
-		closeAll(files)
-		calls <- r
+		closeFDs(fds) // a request has none
+		select {
+		case calls <- r:
+		case <-idle:
+			return io.EOF // the answer before could not be sent
+		}
 	}
 }
 
@@ -99,7 +147,7 @@ type helper struct {
 }
 
 // callHelperLocked starts the helper if there is none, asks and waits.
-func (n *NS) callHelperLocked(ctx context.Context, name string, args []byte) ([]byte, []*os.File, error) {
+func (n *NS) callHelperLocked(ctx context.Context, name string, args []byte) ([]byte, []int, error) {
 	if n.helper == nil {
 		h, err := startHelper(n.userFd, n.fd)
 		if err != nil {
@@ -107,9 +155,8 @@ func (n *NS) callHelperLocked(ctx context.Context, name string, args []byte) ([]
 		}
 		n.helper = h
 	}
-	reply, files, err := n.helper.call(ctx, name, args)
-	var remote *remoteError
-	if err != nil && !errors.As(err, &remote) {
+	reply, fds, err := n.helper.call(ctx, name, args)
+	if err != nil && !errors.As(err, new(*remoteError)) && !errors.Is(err, errCutFiles) {
 		// Question and answer are no longer in step, or it is gone.
 		err = errors.Join(err, n.helper.close())
 		n.helper = nil
@@ -117,10 +164,10 @@ func (n *NS) callHelperLocked(ctx context.Context, name string, args []byte) ([]
 			err = ctx.Err()
 		}
 	}
-	return reply, files, err
+	return reply, fds, err
 }
 
-func (h *helper) call(ctx context.Context, name string, args []byte) ([]byte, []*os.File, error) {
+func (h *helper) call(ctx context.Context, name string, args []byte) ([]byte, []int, error) {
 	interrupted := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(interrupted)
@@ -135,7 +182,10 @@ func (h *helper) call(ctx context.Context, name string, args []byte) ([]byte, []
 		return nil, nil, fmt.Errorf("ask the helper: %w", err)
 	}
 	var a answer
-	files, err := receive(h.conn, &a)
+	fds, err := receive(h.conn, &a)
+	if errors.Is(err, errCutFiles) {
+		return nil, nil, err // the whole answer was read: the next one will be the next call's
+	}
 	if errors.Is(err, io.EOF) {
 		return nil, nil, errors.New("the helper has ended (its stderr is ours)")
 	}
@@ -144,10 +194,10 @@ func (h *helper) call(ctx context.Context, name string, args []byte) ([]byte, []
 	}
 	reply, err := a.result()
 	if err != nil {
-		closeAll(files)
+		closeFDs(fds)
 		return nil, nil, err
 	}
-	return reply, files, nil
+	return reply, fds, nil
 }
 
 // close ends the helper and reaps it.

@@ -86,8 +86,12 @@ func send(c *net.UnixConn, v any, files []*os.File) error {
 	return err
 }
 
-// receive reads one message into v. io.EOF means that the other end is gone.
-func receive(c *net.UnixConn, v any) ([]*os.File, error) {
+// errCutFiles: the kernel found no place in our table of descriptors for what came.
+var errCutFiles = fmt.Errorf("no descriptor is free for what the helper sent (raise the limit, ulimit -n): %w", unix.EMFILE)
+
+// receive reads one message into v, and returns the descriptors beside it, which have close-on-exec.
+// io.EOF means that the other end is gone.
+func receive(c *net.UnixConn, v any) ([]int, error) {
 	raw := make([]byte, maxMessage)
 	oob := make([]byte, unix.CmsgSpace(4*maxFiles))
 	n, oobn, flags, _, err := c.ReadMsgUnix(raw, oob) // sets close-on-exec on what it gets
@@ -97,36 +101,42 @@ func receive(c *net.UnixConn, v any) ([]*os.File, error) {
 	if n == 0 && oobn == 0 {
 		return nil, io.EOF
 	}
-	files, err := rights(oob[:oobn])
-	if err == nil && flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
+	fds, err := rights(oob[:oobn])
+	switch {
+	case err != nil:
+	case flags&unix.MSG_TRUNC != 0:
 		err = fmt.Errorf("a message was cut off: %w", unix.EMSGSIZE)
+	case flags&unix.MSG_CTRUNC != 0: // there is room for all that the kernel allows
+		err = errCutFiles
 	}
 	if err == nil {
 		err = json.Unmarshal(raw[:n], v)
 	}
 	if err != nil {
-		closeAll(files)
+		closeFDs(fds)
 		return nil, err
 	}
-	return files, nil
+	return fds, nil
 }
 
-func rights(oob []byte) ([]*os.File, error) {
+func rights(oob []byte) ([]int, error) {
 	messages, err := unix.ParseSocketControlMessage(oob)
 	if err != nil {
 		return nil, err
 	}
-	var files []*os.File
+	var fds []int
 	for _, m := range messages {
-		fds, err := unix.ParseUnixRights(&m)
-		if err != nil {
-			continue
-		}
-		for _, fd := range fds {
-			files = append(files, os.NewFile(uintptr(fd), "netns"))
+		if more, err := unix.ParseUnixRights(&m); err == nil {
+			fds = append(fds, more...)
 		}
 	}
-	return files, nil
+	return fds, nil
+}
+
+func closeFDs(fds []int) {
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
 }
 
 // newConn makes a conn of one end of a socketpair, and closes fd.
