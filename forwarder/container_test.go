@@ -47,7 +47,7 @@ func newContainer(t *testing.T, cfg Config) (*container, *clock) {
 	now := &clock{}
 	now.Store(int64(time.Hour))
 	f.now = now.Load
-	f.udp.table, f.echo.table = newTable(f.cfg.UDP.MaxFlows, f.now()), newTable(f.cfg.Echo.MaxFlows, f.now())
+	f.newTables()
 	c := &container{t: t, f: f, changed: make(chan struct{})}
 	f.Bind(c)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -58,7 +58,8 @@ func newContainer(t *testing.T, cfg Config) (*container, *clock) {
 		if err := <-done; err != nil {
 			t.Error("Run:", err)
 		}
-		if n := f.Stats().UDP.Flows + f.Stats().Echo.Flows; n != 0 {
+		if s := f.Stats(); s.UDP.Flows+s.Echo.Flows+s.Published.Flows != 0 {
+			n := s.UDP.Flows + s.Echo.Flows + s.Published.Flows
 			t.Errorf("%d flows after Run", n)
 		}
 		f.Close()

@@ -45,11 +45,11 @@ type errorReader struct {
 // than we tell them does not hold us.
 const maxErrors = 64
 
-// readErrors empties the error queue of fl's socket (IP_RECVERR, ip(7)), tells the container each error as if
+// readErrors empties the error queue of sock (IP_RECVERR, ip(7)), tells the container each error as if
 // it had sent the datagram itself, and clears the socket's pending error. It returns whether
 // there was one: then a call on the socket failed for no reason of its own.
-func (f *Forwarder) readErrors(r *errorReader, fl *flow) (pending bool) {
-	udp := fl.key.proto == protoUDP
+func (f *Forwarder) readErrors(r *errorReader, sock *socket) (pending bool) {
+	udp := sock.proto == protoUDP
 	for range maxErrors {
 		// What comes is the datagram's payload; of an echo, the ICMP message.
 		room := r.buf[:]
@@ -61,7 +61,7 @@ func (f *Forwarder) readErrors(r *errorReader, fl *flow) (pending bool) {
 		r.hdr = unix.Msghdr{Name: &r.name[0], Namelen: uint32(len(r.name)), Iov: &r.iov, Control: &r.ctl.bytes()[0]}
 		r.hdr.SetIovlen(1)
 		r.hdr.SetControllen(len(r.ctl.bytes()))
-		n, e := recvmsg(fl.fd, &r.hdr, unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
+		n, e := recvmsg(sock.fd, &r.hdr, unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
 		if e != 0 {
 			break
 		}
@@ -69,28 +69,28 @@ func (f *Forwarder) readErrors(r *errorReader, fl *flow) (pending bool) {
 		if ee := r.anc.err; ee != nil {
 			pending = pending || ee.Origin != unix.SO_EE_ORIGIN_LOCAL
 			real := addrPort(r.name[:min(int(r.hdr.Namelen), len(r.name))])
-			if used, ok := fl.called(real); ok {
-				f.pass(r, fl, ee, real, used, n)
+			if src, dst, ok := sock.user.ends(r.anc.at, real); ok {
+				f.pass(r, sock, real, src, dst, n)
 			}
 		}
 	}
-	if e, err := unix.GetsockoptInt(fl.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && e != 0 {
+	if e, err := unix.GetsockoptInt(sock.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && e != 0 {
 		pending = true
 	}
 	return pending
 }
 
-// pass tells the container the error ee, for a datagram to real that quotes n octets.
-func (f *Forwarder) pass(r *errorReader, fl *flow, ee *unix.SockExtendedErr, real, used netip.AddrPort, n int) {
-	k := f.kind(fl.key.proto)
+// pass tells the container the error that r has read, which quotes n octets of what src sent to dst, or real.
+func (f *Forwarder) pass(r *errorReader, sock *socket, real, src, dst netip.AddrPort, n int) {
+	count, ee := sock.user.books(), r.anc.err
 	i := &r.icmp
-	*i = stack.ICMPError{Protocol: fl.key.proto, Src: fl.key.src.Addr(), Dst: used.Addr()}
-	if fl.key.proto == protoUDP {
-		putUDPHeader(r.buf[:], fl.key.src.Port(), used.Port(), n)
+	*i = stack.ICMPError{Protocol: sock.proto, Src: src.Addr(), Dst: dst.Addr()}
+	if sock.proto == protoUDP {
+		putUDPHeader(r.buf[:], src.Port(), dst.Port(), n)
 		n += udpHeaderLen
 	} else {
 		n = max(n, echoHeaderLen)
-		putEchoHeader(r.buf[:], fl.v6(), fl.key.src.Port(), binary.BigEndian.Uint16(r.buf[6:]))
+		putEchoHeader(r.buf[:], src.Addr().Is6(), src.Port(), binary.BigEndian.Uint16(r.buf[6:]))
 	}
 	i.Transport = r.buf[:n]
 	switch ee.Origin {
@@ -99,11 +99,11 @@ func (f *Forwarder) pass(r *errorReader, fl *flow, ee *unix.SockExtendedErr, rea
 		if ee.Origin == unix.SO_EE_ORIGIN_ICMP && ee.Type == parameterProblem4 {
 			i.Info <<= 24 // the kernel gives the pointer, which is the word's first octet (RFC 792)
 		}
-		i.From = f.router(r.anc.offender, real.Addr(), used.Addr())
-		f.send(k, i)
+		i.From = f.router(r.anc.offender, real.Addr(), dst.Addr())
+		f.send(count, i)
 	case unix.SO_EE_ORIGIN_LOCAL:
 		i.Info = ee.Info
-		f.tell(k, i, unix.Errno(ee.Errno))
+		f.tell(count, i, unix.Errno(ee.Errno))
 	}
 }
 
@@ -120,7 +120,7 @@ func (f *Forwarder) router(offender, real, used netip.Addr) netip.Addr {
 }
 
 // tell completes i with the message for err, if there is one, and gives it to the container.
-func (f *Forwarder) tell(k *kind, i *stack.ICMPError, err error) {
+func (f *Forwarder) tell(count *counter, i *stack.ICMPError, err error) {
 	typ, code, ok := stack.Unreachable(i.Dst.Is6(), err)
 	if !ok {
 		return
@@ -129,11 +129,11 @@ func (f *Forwarder) tell(k *kind, i *stack.ICMPError, err error) {
 	if errors.Is(err, unix.ECONNREFUSED) {
 		i.From = i.Dst // only the destination itself can say that a port is shut
 	}
-	f.send(k, i)
+	f.send(count, i)
 }
 
-func (f *Forwarder) send(k *kind, i *stack.ICMPError) {
+func (f *Forwarder) send(count *counter, i *stack.ICMPError) {
 	if f.stack.SendICMP(i) == nil {
-		k.count.errors.Add(1)
+		count.errors.Add(1)
 	}
 }

@@ -128,7 +128,7 @@ func BenchmarkUDP(b *testing.B) {
 			if err := unix.Sendto(conn, payload, 0, back); err != nil {
 				b.Fatal(err)
 			}
-			f.ready(fl, unix.EPOLLIN)
+			f.ready(fl.sock, unix.EPOLLIN)
 		}
 		if f.Stats().UDP.Received == 0 {
 			b.Fatal("nothing was received")

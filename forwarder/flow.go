@@ -12,29 +12,31 @@ import (
 )
 
 // A flowKey is one end in the container, which all its destinations share
-// (endpoint-independent mapping, RFC 4787 §4.1).
+// (endpoint-independent mapping, RFC 4787 §4.1), or one end and one client of a published port.
 type flowKey struct {
 	proto uint8          // protoUDP, protoICMP or protoICMPv6
 	src   netip.AddrPort // with the identifier of an echo in place of the port
+	peer  netip.AddrPort // a client as the container calls it; zero for what the container began
 
 	// local flows go to addresses of the host itself where the others are bound to an
 	// outbound interface or address.
 	local bool
 }
 
-// A flow is a source in the container and its socket of the host. It is a few hundred
-// octets beside the kernel's own: buffers belong to those who send and receive.
+// A flow is a source in the container and its socket of the host, or a client of a published
+// port, whose socket it shares. It is a few hundred octets beside the kernel's own: buffers
+// belong to those who send and receive.
 //
 // Life: whoever wants a flow that is not in the table makes one, locks mu, inserts it and
 // opens the socket; others that find it wait for mu. The table holds one reference, and
-// so does everybody at work on the socket. The last one closes it, so that its fd is never another
-// socket's in the hands of somebody who is late.
+// so does everybody at work on the flow. The last one lets go of the socket.
 type flow struct {
-	key  flowKey
-	refs atomic.Int32
-	f    *Forwarder
-	fd   int // -1 where opening failed
-	id   uint64
+	key    flowKey
+	kind   *kind
+	refs   atomic.Int32
+	f      *Forwarder
+	sock   *socket // nil where opening failed
+	client *client // nil for what the container began
 
 	last     atomic.Int64 // when something passed (Forwarder.now)
 	answered atomic.Bool
@@ -55,38 +57,41 @@ type flow struct {
 }
 
 // acquire takes a reference unless the last one is gone.
-func (fl *flow) acquire() bool {
-	for {
-		n := fl.refs.Load()
-		if n == 0 {
-			return false
-		}
-		if fl.refs.CompareAndSwap(n, n+1) {
-			return true
-		}
-	}
-}
+func (fl *flow) acquire() bool { return acquire(&fl.refs) }
 
 func (fl *flow) release() {
-	if fl.refs.Add(-1) > 0 {
-		return
-	}
-	if fl.fd >= 0 {
-		fl.f.poller.remove(fl)
-		unix.Close(fl.fd)
-		fl.f.kind(fl.key.proto).count.flows.Add(-1)
+	if fl.refs.Add(-1) == 0 && fl.sock != nil {
+		fl.count().flows.Add(-1)
+		fl.sock.release()
 	}
 }
 
 func (fl *flow) v6() bool { return fl.key.src.Addr().Is6() }
+
+// count is where what happens to the flow is booked.
+func (fl *flow) count() *counter {
+	if fl.client != nil {
+		return &fl.client.forward.count
+	}
+	return &fl.kind.count
+}
+
+// read, ends and books make a flow the user of its socket.
+func (fl *flow) read(r *receiver, now int64) { fl.kind.read(r, fl, now) }
+func (fl *flow) books() *counter             { return &fl.kind.count }
+
+func (fl *flow) ends(_ local, real netip.AddrPort) (src, dst netip.AddrPort, ok bool) {
+	used, ok := fl.called(real)
+	return fl.key.src, used, ok
+}
 
 // A kind is what differs between the protocols that flows are made for.
 type kind struct {
 	table    *table
 	count    counter
 	maxPeers int
-	idle     func(*peer) time.Duration
-	open     func(fl *flow) (fd int, err error)
+	idle     func(*flow, *peer) time.Duration
+	open     func(fl *flow) (*socket, error) // with a reference for fl
 	read     func(r *receiver, fl *flow, now int64)
 }
 
@@ -97,7 +102,7 @@ func (f *Forwarder) flowTo(k *kind, key flowKey, real, used netip.AddrPort, now 
 		fl := k.table.get(key)
 		if fl == nil {
 			var err error
-			if fl, err = f.newFlow(k, key, now); err != nil {
+			if fl, err = f.newFlow(k, &flow{key: key}, now); err != nil {
 				return nil, err
 			}
 		}
@@ -129,15 +134,15 @@ func (f *Forwarder) drop(k *kind, fl *flow) {
 	}
 }
 
-// newFlow makes the flow of key, or finds that somebody else just did.
-func (f *Forwarder) newFlow(k *kind, key flowKey, now int64) (*flow, error) {
-	fl := &flow{key: key, f: f, fd: -1}
+// newFlow begins fl, of which its key and client are given, or finds that somebody else just did.
+func (f *Forwarder) newFlow(k *kind, fl *flow, now int64) (*flow, error) {
+	fl.f, fl.kind = f, k
 	fl.refs.Store(2) // the table's and the caller's
 	fl.last.Store(now)
 	fl.mu.Lock()
 	existing, evicted, ok := k.table.insert(fl, now)
 	if evicted != nil {
-		k.count.evicted.Add(1)
+		evicted.count().evicted.Add(1)
 		evicted.release()
 	}
 	if !ok {
@@ -146,19 +151,24 @@ func (f *Forwarder) newFlow(k *kind, key flowKey, now int64) (*flow, error) {
 	if existing != nil {
 		return existing, nil
 	}
-	fd, err := k.open(fl)
-	if err == unix.EMFILE || err == unix.ENFILE {
-		if old := k.table.evict(fl); old != nil {
-			k.count.evicted.Add(1)
-			old.release()
-			fd, err = k.open(fl)
+	sock, err := k.open(fl)
+	// Somebody may be at work on what is evicted and close it a moment later: then another one goes.
+	for tries := 4; tries > 0 && (err == unix.EMFILE || err == unix.ENFILE); tries-- {
+		old := k.table.evict(fl)
+		if old == nil {
+			break
 		}
+		old.count().evicted.Add(1)
+		old.release()
+		sock, err = k.open(fl)
 	}
 	if err == nil {
-		fl.fd = fd
-		k.count.flows.Add(1)
-		k.count.opened.Add(1)
-		err = f.poller.add(fl)
+		fl.sock = sock
+		fl.count().flows.Add(1)
+		fl.count().opened.Add(1)
+		if fl.client == nil {
+			err = f.poller.add(sock)
+		}
 	}
 	if err != nil {
 		fl.gone, fl.err = true, err
@@ -166,8 +176,9 @@ func (f *Forwarder) newFlow(k *kind, key flowKey, now int64) (*flow, error) {
 	fl.mu.Unlock()
 	if err == nil {
 		k.table.schedule(fl, now+int64(time.Second))
+		f.poller.stir()
 		if f.log.Enabled(context.Background(), slog.LevelDebug) {
-			f.log.Debug("flow", "protocol", key.proto, "src", key.src)
+			f.log.Debug("flow", "protocol", fl.key.proto, "src", fl.key.src, "client", fl.key.peer)
 		}
 	}
 	return fl, nil
@@ -205,7 +216,7 @@ func (f *Forwarder) sweep(k *kind, now int64, list []*flow) []*flow {
 	list = k.table.expired(now, list[:0])
 	for i, fl := range list {
 		fl.mu.Lock()
-		next := fl.peers.expire(now, k.idle)
+		next := fl.peers.expire(now, func(p *peer) time.Duration { return k.idle(fl, p) })
 		fl.gone = fl.gone || next == 0
 		fl.mu.Unlock()
 		if next == 0 {

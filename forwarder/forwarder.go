@@ -56,6 +56,8 @@ type Forwarder struct {
 	tcp           tcpCounts
 	relay         *relay.Loop
 	udp, echo     kind
+	published     kind
+	forwards      forwards
 	poller        *poller
 	receiver      *receiver
 	senders       senders
@@ -90,9 +92,10 @@ func New(cfg Config) (*Forwarder, error) {
 	}
 	f.udp.maxPeers, f.udp.idle, f.udp.open, f.udp.read = cfg.UDP.MaxPeers, f.idleUDP, f.openUDP, f.readUDP
 	f.echo.maxPeers, f.echo.idle, f.echo.open, f.echo.read = cfg.Echo.MaxPeers, f.idleEcho, f.openEcho, f.readEcho
-	f.udp.table, f.echo.table = newTable(cfg.UDP.MaxFlows, f.now()), newTable(cfg.Echo.MaxFlows, f.now())
+	f.published.idle, f.published.open = f.idleClient, openClient
+	f.newTables()
 	var err error
-	if f.poller, err = newPoller(); err != nil {
+	if f.poller, err = newPoller(f.anyFlow); err != nil {
 		return nil, fmt.Errorf("forwarder: %w", err)
 	}
 	if f.receiver, err = newReceiver(); err != nil {
@@ -105,6 +108,19 @@ func New(cfg Config) (*Forwarder, error) {
 		return nil, fmt.Errorf("forwarder: %w", err)
 	}
 	return f, nil
+}
+
+// newTables makes the tables of the flows, empty.
+func (f *Forwarder) newTables() {
+	now := f.now()
+	f.udp.table, f.echo.table = newTable(f.cfg.UDP.MaxFlows, now), newTable(f.cfg.Echo.MaxFlows, now)
+	f.published.table = newTable(f.cfg.UDP.MaxClients, now)
+	f.published.table.share = f.cfg.UDP.MaxPortClients
+}
+
+// anyFlow tells whether there is a flow that may end for being idle.
+func (f *Forwarder) anyFlow() bool {
+	return f.udp.table.len()+f.echo.table.len()+f.published.table.len() > 0
 }
 
 // Unbound is the Stack before Bind.
@@ -148,11 +164,12 @@ func (f *Forwarder) Sources() []stack.Source {
 // Relay is what joins the Forwarder's TCP flows, for others to use as well: its Run is the Forwarder's, and so is its Close.
 func (f *Forwarder) Relay() *relay.Loop { return f.relay }
 
-// Close releases what New has opened, and ends all flows. Neither Run nor a stack that serves the Sources may
+// Close releases what New has opened, and ends all flows and published ports. Neither Run nor a stack that serves the Sources may
 // still be at work.
 func (f *Forwarder) Close() error {
 	f.endFlows()
 	f.closing.Do(func() {
+		f.forwards.close()
 		f.relay.Close()
 		f.receiver.close()
 		f.poller.close()
@@ -162,7 +179,7 @@ func (f *Forwarder) Close() error {
 
 // endFlows closes what flows there are, and lets no further one begin.
 func (f *Forwarder) endFlows() {
-	for _, k := range []*kind{&f.udp, &f.echo} {
+	for _, k := range []*kind{&f.udp, &f.echo, &f.published} {
 		for _, fl := range k.table.close() {
 			fl.release()
 		}
@@ -170,12 +187,12 @@ func (f *Forwarder) endFlows() {
 }
 
 // ready serves a socket that has something; the poller calls it.
-func (f *Forwarder) ready(fl *flow, events uint32) {
+func (f *Forwarder) ready(s *socket, events uint32) {
 	if events&unix.EPOLLERR != 0 {
-		f.readErrors(&f.receiver.errs, fl)
+		f.readErrors(&f.receiver.errs, s)
 	}
 	if events&unix.EPOLLIN != 0 {
-		f.kind(fl.key.proto).read(f.receiver, fl, f.now())
+		s.user.read(f.receiver, f.now())
 	}
 }
 
@@ -184,13 +201,7 @@ func (f *Forwarder) tick() {
 	now := f.now()
 	f.due = f.sweep(&f.udp, now, f.due)
 	f.due = f.sweep(&f.echo, now, f.due)
-}
-
-func (f *Forwarder) kind(proto uint8) *kind {
-	if proto == protoUDP {
-		return &f.udp
-	}
-	return &f.echo
+	f.due = f.sweep(&f.published, now, f.due)
 }
 
 // resolve asks the Policy, with the host's addresses as they are now.
@@ -265,9 +276,10 @@ func (f *Forwarder) noFile(err error) {
 type Stats struct {
 	TCP       TCPStats
 	UDP, Echo FlowStats
+	Published FlowStats // of the clients of published UDP ports
 }
 
 // Stats may be called at any time.
 func (f *Forwarder) Stats() Stats {
-	return Stats{TCP: f.tcpStats(), UDP: f.udp.count.snapshot(), Echo: f.echo.count.snapshot()}
+	return Stats{TCP: f.tcpStats(), UDP: f.udp.count.snapshot(), Echo: f.echo.count.snapshot(), Published: f.publishedStats()}
 }

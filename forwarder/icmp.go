@@ -64,7 +64,7 @@ func (f *Forwarder) ServeEcho(e stack.Echo) {
 	putEchoHeader(s.header[:], fl.v6(), e.ID, e.Seq)
 	s.append(s.header[:])
 	s.append(e.Payload)
-	errno := f.push(s, fl, 0)
+	errno := f.push(s, fl.sock, 0)
 	if !f.echo.count.sentOr(1, len(e.Payload), errno) && errno != unix.EMSGSIZE {
 		f.refuseEcho(s, &e, errno)
 	}
@@ -79,11 +79,11 @@ func (f *Forwarder) refuseEcho(s *sender, e *stack.Echo, err error) {
 	}
 	putEchoHeader(s.quote[:], e.Dst.Is6(), e.ID, e.Seq)
 	i.Transport = s.quote[:echoHeaderLen+copy(s.quote[echoHeaderLen:], e.Payload)]
-	f.tell(&f.echo, i, err)
+	f.tell(&f.echo.count, i, err)
 }
 
 // openEcho is kind.open for echoes.
-func (f *Forwarder) openEcho(fl *flow) (int, error) {
+func (f *Forwarder) openEcho(fl *flow) (*socket, error) {
 	family, proto, v6 := unix.AF_INET, unix.IPPROTO_ICMP, fl.v6()
 	if v6 {
 		family, proto = unix.AF_INET6, unix.IPPROTO_ICMPV6
@@ -96,7 +96,7 @@ func (f *Forwarder) openEcho(fl *flow) (int, error) {
 					"remedy", `sysctl -w net.ipv4.ping_group_range="0 2147483647"`, "error", err)
 			})
 		}
-		return -1, err
+		return nil, err
 	}
 	if err = receiveErrors(fd, v6); err == nil {
 		if v6 {
@@ -110,9 +110,9 @@ func (f *Forwarder) openEcho(fl *flow) (int, error) {
 	}
 	if err != nil {
 		unix.Close(fd)
-		return -1, err
+		return nil, err
 	}
-	return fd, nil
+	return f.newSocket(fd, fl.key.proto, fl), nil
 }
 
 // readEcho is kind.read for echoes.
@@ -121,7 +121,7 @@ func (f *Forwarder) readEcho(r *receiver, fl *flow, now int64) {
 	if fl.v6() {
 		reply = echoReply6
 	}
-	for i := range r.read(fl.fd) {
+	for i := range r.read(fl.sock.fd) {
 		m := r.message(i)
 		if len(m.data) < echoHeaderLen || m.data[0] != reply {
 			continue
@@ -147,4 +147,4 @@ func (f *Forwarder) readEcho(r *receiver, fl *flow, now int64) {
 }
 
 // idleEcho is kind.idle for echoes.
-func (f *Forwarder) idleEcho(*peer) time.Duration { return f.cfg.Echo.Idle }
+func (f *Forwarder) idleEcho(*flow, *peer) time.Duration { return f.cfg.Echo.Idle }

@@ -60,6 +60,11 @@ type UDPConfig struct {
 	// node). The least recently used make room.
 	MaxPeers int
 
+	// MaxClients is the most clients of published ports at a time, in all (32768), and
+	// MaxPortClients those of one port (half of that). They hold no files, only memory: 1 KiB each.
+	// The least recently used make room, first those that did not go on after an answer.
+	MaxClients, MaxPortClients int
+
 	// FullCone lets anybody send to a flow's port on the host once the container has used it
 	// (endpoint-independent filtering, RFC 4787 §5). Without it only those it has sent
 	// to may answer (address and port-dependent filtering).
@@ -72,6 +77,8 @@ func (c UDPConfig) withDefaults(l Limits) UDPConfig {
 	orDefault(&c.DNS, 10*time.Second)
 	orDefault(&c.MaxFlows, l.UDP)
 	orDefault(&c.MaxPeers, 4096)
+	orDefault(&c.MaxClients, 32768)
+	orDefault(&c.MaxPortClients, max(c.MaxClients/2, 1))
 	return c
 }
 

@@ -31,7 +31,8 @@ func (n *name) set(ap netip.AddrPort) uint32 {
 }
 
 // addrPort reads a sockaddr of any family; the zero AddrPort when b is of another or cut off.
-// A zone is left out: link-local addresses are not forwarded.
+// An IPv4-mapped address is the IPv4 one. A zone is left out: the interface of a client is
+// in its local.
 func addrPort(b []byte) netip.AddrPort {
 	if len(b) < unix.SizeofSockaddrInet4 {
 		return netip.AddrPort{}
@@ -41,7 +42,7 @@ func addrPort(b []byte) netip.AddrPort {
 	case family == unix.AF_INET:
 		return netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), port)
 	case family == unix.AF_INET6 && len(b) >= unix.SizeofSockaddrInet6:
-		return netip.AddrPortFrom(netip.AddrFrom16([16]byte(b[8:24])), port)
+		return netip.AddrPortFrom(netip.AddrFrom16([16]byte(b[8:24])).Unmap(), port)
 	}
 	return netip.AddrPort{}
 }
@@ -67,10 +68,33 @@ func (c *control) putInt(off int, level, typ int32, size, value int) int {
 	return off + unix.CmsgSpace(size)
 }
 
+// putLocal appends the control message that makes a datagram leave from an address.
+func (c *control) putLocal(off int, at local) int {
+	h := (*unix.Cmsghdr)(unsafe.Pointer(&c.bytes()[off]))
+	data := c.bytes()[off+unix.CmsgLen(0):]
+	if at.addr.Is4() { // struct in_pktinfo
+		h.Level, h.Type = unix.SOL_IP, unix.IP_PKTINFO
+		h.SetLen(unix.CmsgLen(unix.SizeofInet4Pktinfo))
+		a4 := at.addr.As4()
+		binary.NativeEndian.PutUint32(data[0:], uint32(at.iface))
+		copy(data[4:], a4[:]) // ipi_spec_dst
+		copy(data[8:], a4[:])
+		return off + unix.CmsgSpace(unix.SizeofInet4Pktinfo)
+	}
+	h.Level, h.Type = unix.SOL_IPV6, unix.IPV6_PKTINFO // struct in6_pktinfo
+	h.SetLen(unix.CmsgLen(unix.SizeofInet6Pktinfo))
+	a16 := at.addr.As16()
+	copy(data[0:], a16[:])
+	binary.NativeEndian.PutUint32(data[16:], uint32(at.iface))
+	return off + unix.CmsgSpace(unix.SizeofInet6Pktinfo)
+}
+
 // Ancillary is what the control messages of a received datagram said.
 type ancillary struct {
 	segment  int // of UDP_GRO; 0 for one datagram
 	ttl, tos uint8
+	at       local                 // of IP_PKTINFO or IPV6_PKTINFO: where it arrived
+	group    bool                  // it was sent to a multicast or broadcast address
 	err      *unix.SockExtendedErr // of the error queue; points into the control messages
 	offender netip.Addr
 }
@@ -90,6 +114,16 @@ func (a *ancillary) parse(b []byte) {
 			}
 		case [2]int32{unix.SOL_IP, unix.IP_TOS}, [2]int32{unix.SOL_IPV6, unix.IPV6_TCLASS}:
 			a.tos = small(data)
+		case [2]int32{unix.SOL_IP, unix.IP_PKTINFO}:
+			if len(data) >= unix.SizeofInet4Pktinfo {
+				a.arrived(netip.AddrFrom4([4]byte(data[8:12])), data[0:])
+				// ipi_spec_dst is who would answer: another one than a group's address.
+				a.group = netip.AddrFrom4([4]byte(data[4:8])) != a.at.addr
+			}
+		case [2]int32{unix.SOL_IPV6, unix.IPV6_PKTINFO}:
+			if len(data) >= unix.SizeofInet6Pktinfo && !a.at.addr.IsValid() {
+				a.arrived(netip.AddrFrom16([16]byte(data[0:16])).Unmap(), data[16:])
+			}
 		case [2]int32{unix.SOL_IP, unix.IP_TTL}, [2]int32{unix.SOL_IPV6, unix.IPV6_HOPLIMIT}:
 			a.ttl = small(data)
 		case [2]int32{unix.SOL_IP, unix.IP_RECVERR}, [2]int32{unix.SOL_IPV6, unix.IPV6_RECVERR}:
@@ -100,6 +134,11 @@ func (a *ancillary) parse(b []byte) {
 			}
 		}
 	}
+}
+
+func (a *ancillary) arrived(at netip.Addr, iface []byte) {
+	a.at = local{addr: at, iface: int(binary.NativeEndian.Uint32(iface))}
+	a.group = at.IsMulticast()
 }
 
 // small reads the octet that the kernel gives as one octet (IP_TOS) or as an int (the others).

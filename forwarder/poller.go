@@ -12,66 +12,64 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A poller waits for the host's sockets of all flows in one goroutine.
+// A poller waits for the host's sockets of all flows and published ports in one goroutine.
 //
-// It is level-triggered: a flow with more to read than one batch comes back at the end of
-// the kernel's list of ready files, so that the flows take turns without any bookkeeping
+// It is level-triggered: a socket with more to read than one batch comes back at the end of
+// the kernel's list of ready files, so that they take turns without any bookkeeping
 // of ours, and nobody reads a socket once more only to be told that it is empty.
 type poller struct {
 	epoll *relay.Epoll
 
-	mu     sync.RWMutex
-	closed bool
-	flows  map[uint64]*flow // by a number that is never used again, unlike an fd
-	last   uint64
+	mu      sync.RWMutex
+	closed  bool
+	sockets map[uint64]*socket // by a number that is never used again, unlike an fd
+	last    uint64
 
-	asleep atomic.Bool         // wait has no timeout: there was no flow
+	timed  func() bool         // whether anything may be over by itself, so that run has to tick
+	asleep atomic.Bool         // wait has no timeout: nothing was timed
 	events [64]unix.EpollEvent // run's
 
-	serving sync.Mutex // ready is called for one flow at a time
+	serving sync.Mutex // ready is called for one socket at a time
 	polled  [64]unix.EpollEvent
 }
 
-// newPoller opens what it needs; close it.
-func newPoller() (*poller, error) {
+// newPoller opens what it needs; close it. Whoever makes something that timed tells of calls stir.
+func newPoller(timed func() bool) (*poller, error) {
 	epoll, err := relay.NewEpoll()
 	if err != nil {
 		return nil, err
 	}
-	return &poller{epoll: epoll, flows: make(map[uint64]*flow)}, nil
+	return &poller{epoll: epoll, sockets: make(map[uint64]*socket), timed: timed}, nil
 }
 
-// add watches fl's socket until remove.
-func (p *poller) add(fl *flow) error {
-	if err := p.addFD(fl); err != nil {
-		return err
-	}
-	if p.asleep.Swap(false) {
-		p.wake() // it sleeps without a thought of idle flows
-	}
-	return nil
-}
-
-func (p *poller) addFD(fl *flow) error {
+// add watches s until remove.
+func (p *poller) add(s *socket) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
 		return errStopped
 	}
 	p.last++
-	fl.id = p.last
-	if err := p.epoll.Add(fl.fd, fl.id, unix.EPOLLIN); err != nil {
+	s.id = p.last
+	if err := p.epoll.Add(s.fd, s.id, unix.EPOLLIN); err != nil {
 		return fmt.Errorf("watch socket: %w", err)
 	}
-	p.flows[fl.id] = fl
+	p.sockets[s.id] = s
 	return nil
 }
 
-// remove forgets fl; the kernel forgets its socket when that is closed.
-func (p *poller) remove(fl *flow) {
+// remove forgets s; the kernel forgets it when it is closed.
+func (p *poller) remove(s *socket) {
 	p.mu.Lock()
-	delete(p.flows, fl.id)
+	delete(p.sockets, s.id)
 	p.mu.Unlock()
+}
+
+// stir makes run tick from now on, if it sleeps without a thought of idle flows.
+func (p *poller) stir() {
+	if p.asleep.Swap(false) {
+		p.wake()
+	}
 }
 
 // wake makes run call tick. It does nothing after close.
@@ -83,9 +81,9 @@ func (p *poller) wake() {
 	}
 }
 
-// run calls ready for each flow that has something, with a reference held, and tick about once a second
-// while there are flows and whenever wake was called. It returns when ctx has ended.
-func (p *poller) run(ctx context.Context, ready func(*flow, uint32), tick func()) error {
+// run calls ready for each socket that has something, with a reference held, and tick about once a second
+// while something is timed and whenever wake was called. It returns when ctx has ended.
+func (p *poller) run(ctx context.Context, ready func(*socket, uint32), tick func()) error {
 	woken := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		p.wake()
@@ -113,21 +111,21 @@ func (p *poller) run(ctx context.Context, ready func(*flow, uint32), tick func()
 }
 
 // serve calls ready for each event. serving is held.
-func (p *poller) serve(events []unix.EpollEvent, ready func(*flow, uint32)) {
+func (p *poller) serve(events []unix.EpollEvent, ready func(*socket, uint32)) {
 	for i := range events {
 		e := &events[i]
 		p.mu.RLock()
-		fl := p.flows[relay.EventID(e)]
+		s := p.sockets[relay.EventID(e)]
 		p.mu.RUnlock()
-		if fl != nil && fl.acquire() {
-			ready(fl, e.Events)
-			fl.release()
+		if s != nil && s.acquire() {
+			ready(s, e.Events)
+			s.release()
 		}
 	}
 }
 
 // poll serves what is there, in run's place.
-func (p *poller) poll(ready func(*flow, uint32)) {
+func (p *poller) poll(ready func(*socket, uint32)) {
 	p.serving.Lock()
 	defer p.serving.Unlock()
 	if n, err := p.epoll.Poll(p.polled[:]); err == nil {
@@ -135,24 +133,18 @@ func (p *poller) poll(ready func(*flow, uint32)) {
 	}
 }
 
-// sleep sets when run has to tick next: in a second, or not before there is a flow.
+// sleep sets when run has to tick next: in a second, or not before there is something to end.
 func (p *poller) sleep() {
 	p.asleep.Store(true)
-	if p.len() == 0 {
+	if !p.timed() {
 		p.epoll.SetDeadline(time.Time{})
-		if p.len() == 0 {
+		if !p.timed() {
 			return
 		}
-		// One was added meanwhile, by somebody who may have seen us awake.
+		// A flow began meanwhile, and who made it may have seen us awake.
 	}
 	p.asleep.Store(false)
 	p.epoll.SetDeadline(time.Now().Add(time.Second))
-}
-
-func (p *poller) len() int {
-	p.mu.RLock()
-	defer p.mu.RUnlock()
-	return len(p.flows)
 }
 
 func (p *poller) close() {

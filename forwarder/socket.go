@@ -4,12 +4,76 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"unsafe"
 
 	"usernet/stack"
 
 	"golang.org/x/sys/unix"
 )
+
+// A socket is one of the host's that the poller watches. Whoever works on it holds a reference, and the
+// last one closes it, so that its fd is never another socket's in the hands of somebody who is late.
+type socket struct {
+	refs   atomic.Int32
+	fd     int
+	id     uint64 // the poller's
+	proto  uint8
+	user   user
+	poller *poller
+	closed chan struct{} // closed with the socket; nil where nobody waits for that
+}
+
+// A user is who a socket is for: a flow, or a published port with all its clients.
+type user interface {
+	read(r *receiver, now int64)
+
+	// ends are the two ends, as the container knows them, of what went from the socket (its
+	// address at, where it has several) to real. ok is false when nothing did.
+	ends(at local, real netip.AddrPort) (src, dst netip.AddrPort, ok bool)
+
+	books() *counter
+}
+
+// newSocket makes a socket of fd, which it owns from then on, with a reference for the caller.
+// poller.add is the caller's, when u is ready to read.
+func (f *Forwarder) newSocket(fd int, proto uint8, u user) *socket {
+	s := &socket{fd: fd, proto: proto, user: u, poller: f.poller}
+	s.refs.Store(1)
+	return s
+}
+
+// acquire takes a reference unless the last one is gone.
+func (s *socket) acquire() bool { return acquire(&s.refs) }
+
+func (s *socket) release() {
+	if s.refs.Add(-1) > 0 {
+		return
+	}
+	s.poller.remove(s)
+	unix.Close(s.fd)
+	if s.closed != nil {
+		close(s.closed)
+	}
+}
+
+func acquire(refs *atomic.Int32) bool {
+	for {
+		n := refs.Load()
+		if n == 0 {
+			return false
+		}
+		if refs.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+}
+
+// A local is an address of the host at which something arrived. The zero local leaves it to the kernel.
+type local struct {
+	addr  netip.Addr
+	iface int // its number, where addr or the other end is link-local; else 0
+}
 
 // defaultTTL is what the host's sockets send with when not told otherwise (net.ipv4.ip_default_ttl).
 const defaultTTL = 64
@@ -75,6 +139,13 @@ func (s *sender) to(dst netip.AddrPort, ttl, tos uint8) {
 	}
 }
 
+// from makes the message leave from an address of the host.
+func (s *sender) from(at local) {
+	if at.addr.IsValid() {
+		s.ctlLen = s.ctl.putLocal(s.ctlLen, at)
+	}
+}
+
 func (s *sender) append(payload ...[]byte) {
 	for _, p := range payload {
 		if len(p) > 0 {
@@ -101,11 +172,11 @@ func (s *sender) appendPart(payload [][]byte, off, n int) {
 	}
 }
 
-// push sends what s holds through fl's socket, as a train where segment is not 0.
+// push sends what s holds through sock, as a train where segment is not 0.
 //
 // An error that an earlier datagram met with, perhaps for another destination, is waiting in the
 // socket and would fail this one: it is told to the container and the datagram sent again.
-func (f *Forwarder) push(s *sender, fl *flow, segment int) unix.Errno {
+func (f *Forwarder) push(s *sender, sock *socket, segment int) unix.Errno {
 	n := s.ctlLen
 	if segment > 0 {
 		n = s.ctl.putInt(n, unix.SOL_UDP, unix.UDP_SEGMENT, 2, segment)
@@ -121,8 +192,8 @@ func (f *Forwarder) push(s *sender, fl *flow, segment int) unix.Errno {
 	}
 	// More than one may come in while we send; a few tries are plenty.
 	for tries := 4; ; tries-- {
-		e := sendmsg(fl.fd, &s.hdr, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
-		if e == 0 || e == unix.EAGAIN || tries == 0 || !f.readErrors(&s.errs, fl) {
+		e := sendmsg(sock.fd, &s.hdr, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+		if e == 0 || e == unix.EAGAIN || tries == 0 || !f.readErrors(&s.errs, sock) {
 			return e
 		}
 	}

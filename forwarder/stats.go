@@ -17,11 +17,13 @@ const (
 	dropFiles                      // no file or port left for a new flow
 	dropError                      // the host's kernel would not send it
 	dropStack                      // the stack would not take it
+	dropGroup                      // to a multicast or broadcast address of the host
+	dropNoName                     // the container could not be told who it is from
 	dropStopped                    // before Bind, or after Run
 	dropReasons
 )
 
-var dropNames = [dropReasons]string{"policy", "refused", "filtered", "busy", "files", "error", "stack", "stopped"}
+var dropNames = [dropReasons]string{"policy", "refused", "filtered", "busy", "files", "error", "stack", "group", "no name", "stopped"}
 
 // A counter counts one protocol's datagrams or echoes.
 type counter struct {
@@ -48,6 +50,20 @@ func (c *counter) sentOr(n, octets int, e unix.Errno) (sent bool) {
 		c.drop(dropError, n)
 	}
 	return false
+}
+
+// add adds what c has counted, but for the flows that there are.
+func (sum *counter) add(c *counter) {
+	for _, p := range [...]struct{ to, from *atomic.Uint64 }{
+		{&sum.opened, &c.opened}, {&sum.evicted, &c.evicted}, {&sum.errors, &c.errors},
+		{&sum.sent, &c.sent}, {&sum.sentOctets, &c.sentOctets},
+		{&sum.received, &c.received}, {&sum.receivedOctets, &c.receivedOctets},
+	} {
+		p.to.Add(p.from.Load())
+	}
+	for i := range c.drops {
+		sum.drops[i].Add(c.drops[i].Load())
+	}
 }
 
 // FlowStats are the counts of one protocol. Octets are payload.

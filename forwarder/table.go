@@ -7,11 +7,11 @@ import (
 	"time"
 )
 
-// A table holds the flows of one protocol, at most limit of them.
+// A table holds the flows of one kind, at most limit of them.
 //
-// Who makes room: the source address of the container with most flows gives up its own
-// longest idle one, first among those that nobody has answered. So a source that opens
-// flow after flow evicts itself once it has more than the others.
+// Who makes room: the owner with most flows gives up its own longest idle one, first among
+// those that nobody has answered. So a source that opens flow after flow, or a published port
+// to which client after client speaks, evicts its own once it has more than the others.
 //
 // "Longest idle" is by second chance, so that a packet costs no lock of the table: lists
 // are in the order in which flows were opened or last looked at, and a flow found at the
@@ -25,9 +25,11 @@ import (
 type table struct {
 	mu     sync.RWMutex
 	limit  int
+	share  int // the most flows of one owner; 0: as many as there may be
 	closed bool
 	flows  map[flowKey]*flow
-	owners map[netip.Addr]*owner
+	byReal map[clientKey]*flow // those of clients of published ports
+	owners map[ownerKey]*owner
 	busy   owners // those with most flows first
 	wheel  [wheelSize]link
 	tick   int64 // the last second whose bucket has been looked at
@@ -40,12 +42,24 @@ const (
 	wheelSize = 128
 )
 
-// An owner is a source address of the container.
+// An owner is a source address of the container, or a published port of the host.
 type owner struct {
-	addr                 netip.Addr
+	key                  ownerKey
 	flows                int
 	at                   int  // in table.busy
 	unanswered, answered link // oldest last
+}
+
+type ownerKey struct {
+	addr    netip.Addr
+	forward *PublishedUDP
+}
+
+func (fl *flow) ownerKey() ownerKey {
+	if fl.client != nil {
+		return ownerKey{forward: fl.client.forward}
+	}
+	return ownerKey{addr: fl.key.src.Addr()}
 }
 
 // A link is a place in a ring of flows, or the ring's root.
@@ -69,7 +83,10 @@ func (l *link) unlink() {
 }
 
 func newTable(limit int, now int64) *table {
-	t := &table{limit: limit, flows: make(map[flowKey]*flow), owners: make(map[netip.Addr]*owner), tick: now / wheelStep}
+	t := &table{
+		limit: limit, tick: now / wheelStep,
+		flows: make(map[flowKey]*flow), byReal: make(map[clientKey]*flow), owners: make(map[ownerKey]*owner),
+	}
 	for i := range t.wheel {
 		t.wheel[i].init()
 	}
@@ -80,6 +97,17 @@ func newTable(limit int, now int64) *table {
 func (t *table) get(key flowKey) *flow {
 	t.mu.RLock()
 	fl := t.flows[key]
+	t.mu.RUnlock()
+	if fl == nil || !fl.acquire() {
+		return nil
+	}
+	return fl
+}
+
+// clientOf is get by what the host knows of a client.
+func (t *table) clientOf(key clientKey) *flow {
+	t.mu.RLock()
+	fl := t.byReal[key]
 	t.mu.RUnlock()
 	if fl == nil || !fl.acquire() {
 		return nil
@@ -98,36 +126,41 @@ func (t *table) insert(fl *flow, now int64) (existing, evicted *flow, ok bool) {
 	if other := t.flows[fl.key]; other != nil && other.acquire() {
 		return other, nil, true
 	}
-	addr := fl.key.src.Addr()
-	o := t.owners[addr]
-	if len(t.flows) >= t.limit {
+	key := fl.ownerKey()
+	o := t.owners[key]
+	full := o != nil && t.share > 0 && o.flows >= t.share
+	if full || len(t.flows) >= t.limit {
 		victim := t.busy[0]
-		if o != nil && o.flows+1 > victim.flows {
+		if full || o != nil && o.flows+1 > victim.flows {
 			victim = o // with the new flow it has most
 		}
-		evicted = victim.oldest()
+		evicted = victim.oldest(nil)
 		t.unlinkLocked(evicted)
-		o = t.owners[addr] // may just have lost its last flow
+		o = t.owners[key] // may just have lost its last flow
 	}
 	if o == nil {
-		o = &owner{addr: addr}
+		o = &owner{key: key}
 		o.unanswered.init()
 		o.answered.init()
-		t.owners[addr] = o
+		t.owners[key] = o
 		heap.Push(&t.busy, o)
 	}
 	o.flows++
 	heap.Fix(&t.busy, o.at)
 	t.flows[fl.key] = fl
+	if fl.client != nil {
+		t.byReal[fl.client.key()] = fl
+	}
 	fl.owner, fl.seen = o, now
 	fl.age.fl, fl.due.fl = fl, fl
 	o.unanswered.pushFront(&fl.age)
 	return nil, evicted, true
 }
 
-// oldest is the flow that o can spare best.
-func (o *owner) oldest() *flow {
-	for _, l := range []*link{&o.unanswered, &o.answered} {
+// oldest is the flow that o can spare best, but for keep; nil when o has no other.
+func (o *owner) oldest(keep *flow) *flow {
+	lists := [...]*link{&o.unanswered, &o.answered}
+	for _, l := range lists {
 		// Looking at each flow at most once ends even if all are in use.
 		for range o.flows {
 			fl := l.prev.fl
@@ -138,7 +171,7 @@ func (o *owner) oldest() *flow {
 			if l == &o.unanswered && fl.answered.Load() {
 				fl.age.unlink()
 				o.answered.pushFront(&fl.age)
-			} else if last > fl.seen {
+			} else if last > fl.seen || fl == keep {
 				fl.age.unlink()
 				l.pushFront(&fl.age)
 			} else {
@@ -147,10 +180,15 @@ func (o *owner) oldest() *flow {
 			fl.seen = last
 		}
 	}
-	if fl := o.unanswered.prev.fl; fl != nil {
-		return fl
+	// All are in use: whoever was looked at first.
+	for _, l := range lists {
+		for e := l.prev; e.fl != nil; e = e.prev {
+			if e.fl != keep {
+				return e.fl
+			}
+		}
 	}
-	return o.answered.prev.fl
+	return nil
 }
 
 // evict takes out the flow that can be spared best for the sake of keep, for lack of something
@@ -158,8 +196,9 @@ func (o *owner) oldest() *flow {
 func (t *table) evict(keep *flow) *flow {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	// The second owner has a flow, and keep is none of it if it was all that the first has.
 	for _, o := range t.busy[:min(2, len(t.busy))] {
-		if fl := o.oldest(); fl != keep {
+		if fl := o.oldest(keep); fl != nil {
 			t.unlinkLocked(fl)
 			return fl
 		}
@@ -179,11 +218,14 @@ func (t *table) unlinkLocked(fl *flow) bool {
 		return false
 	}
 	delete(t.flows, fl.key)
+	if fl.client != nil {
+		delete(t.byReal, fl.client.key())
+	}
 	fl.age.unlink()
 	fl.due.unlink()
 	o := fl.owner
 	if o.flows--; o.flows == 0 {
-		delete(t.owners, o.addr)
+		delete(t.owners, o.key)
 		heap.Remove(&t.busy, o.at)
 	} else {
 		heap.Fix(&t.busy, o.at)
@@ -233,6 +275,24 @@ func (t *table) close() []*flow {
 	for _, fl := range t.flows {
 		all = append(all, fl)
 		t.unlinkLocked(fl)
+	}
+	return all
+}
+
+// forget takes out what an owner has, for the caller to release.
+func (t *table) forget(key ownerKey) []*flow {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	o := t.owners[key]
+	if o == nil {
+		return nil
+	}
+	all := make([]*flow, 0, o.flows)
+	for _, l := range [...]*link{&o.unanswered, &o.answered} {
+		for l.next != l {
+			all = append(all, l.next.fl)
+			t.unlinkLocked(l.next.fl)
+		}
 	}
 	return all
 }

@@ -11,7 +11,7 @@ import (
 // testFlow is a flow without a socket.
 func testFlow(host, port int, now int64) *flow {
 	addr := netip.AddrFrom4([4]byte{10, 0, byte(host >> 8), byte(host)})
-	fl := &flow{key: flowKey{proto: protoUDP, src: netip.AddrPortFrom(addr, uint16(port))}, fd: -1}
+	fl := &flow{key: flowKey{proto: protoUDP, src: netip.AddrPortFrom(addr, uint16(port))}}
 	fl.refs.Store(1)
 	fl.last.Store(now)
 	return fl

@@ -21,7 +21,7 @@ import (
 //	  sendmsg, with UDP_SEGMENT for trains       Stack.SendICMP
 //
 // The socket has the source's port where the host has that free, and serves all its
-// destinations.
+// destinations. A client of a published port (published.go) is a flow as well, that began at the other end.
 
 // ServeUDP sends what the container sent. It is part of stack.Handler.
 func (f *Forwarder) ServeUDP(batch []stack.Datagram) {
@@ -52,6 +52,9 @@ func joined(batch []stack.Datagram) (int, train) {
 
 // sendUDP sends run, whose datagrams make up t.
 func (f *Forwarder) sendUDP(s *sender, run []stack.Datagram, t train, now int64) {
+	if f.sendToClient(s, run, t, now) {
+		return
+	}
 	d := &run[0]
 	to, verdict := f.resolve(Flow{Proto: protoUDP, Src: d.Src, Dst: d.Dst})
 	switch {
@@ -60,7 +63,7 @@ func (f *Forwarder) sendUDP(s *sender, run []stack.Datagram, t train, now int64)
 		return
 	case verdict.Action == Refuse:
 		f.udp.count.drop(dropRefused, t.count)
-		f.refuseUDP(s, d, verdict.Reason)
+		f.refuseUDP(s, &f.udp.count, d, verdict.Reason)
 		return
 	}
 	key := flowKey{proto: protoUDP, src: d.Src, local: f.local(to.Addr())}
@@ -68,12 +71,17 @@ func (f *Forwarder) sendUDP(s *sender, run []stack.Datagram, t train, now int64)
 	if err != nil {
 		f.noFlow(&f.udp, t.count, err)
 		if !errors.Is(err, errStopped) {
-			f.refuseUDP(s, d, err)
+			f.refuseUDP(s, &f.udp.count, d, err)
 		}
 		return
 	}
 	defer fl.release()
 	s.to(to, d.TTL, d.TOS)
+	f.sendRun(s, fl, run, t)
+}
+
+// sendRun sends run through fl's socket to where s was told.
+func (f *Forwarder) sendRun(s *sender, fl *flow, run []stack.Datagram, t train) {
 	if t.count == 1 || !fl.joins(t.segment) {
 		f.sendApart(s, fl, run)
 		return
@@ -81,7 +89,7 @@ func (f *Forwarder) sendUDP(s *sender, run []stack.Datagram, t train, now int64)
 	for i := range run {
 		s.append(run[i].Payload...)
 	}
-	switch e := f.push(s, fl, t.segment); e {
+	switch e := f.push(s, fl.sock, t.segment); e {
 	case unix.EIO, unix.EINVAL, unix.EMSGSIZE:
 		// Longer than the path's MTU, which only datagrams for themselves may be, or an
 		// interface without checksum offload.
@@ -92,7 +100,7 @@ func (f *Forwarder) sendUDP(s *sender, run []stack.Datagram, t train, now int64)
 		s.iov = s.iov[:0]
 		f.sendApart(s, fl, run)
 	default:
-		f.sentUDP(s, d, t.count, t.octets, e)
+		f.sentUDP(s, fl, &run[0], t.count, t.octets, e)
 	}
 }
 
@@ -107,26 +115,26 @@ func (f *Forwarder) sendApart(s *sender, fl *flow, run []stack.Datagram) {
 		for off, more := 0, true; more; more = off < octets { // once for an empty datagram
 			n := min(segment, octets-off)
 			s.appendPart(d.Payload, off, n)
-			f.sentUDP(s, d, 1, n, f.push(s, fl, 0))
+			f.sentUDP(s, fl, d, 1, n, f.push(s, fl.sock, 0))
 			off += n
 		}
 	}
 }
 
 // sentUDP books n datagrams like d, which the kernel took or refused with e.
-func (f *Forwarder) sentUDP(s *sender, d *stack.Datagram, n, octets int, e unix.Errno) {
+func (f *Forwarder) sentUDP(s *sender, fl *flow, d *stack.Datagram, n, octets int, e unix.Errno) {
 	s.iov = s.iov[:0]
-	if f.udp.count.sentOr(n, octets, e) {
+	if fl.count().sentOr(n, octets, e) {
 		return
 	}
 	// What is too long has been told by the error queue, with the MTU.
 	if e != unix.EMSGSIZE {
-		f.refuseUDP(s, d, e)
+		f.refuseUDP(s, fl.count(), d, e)
 	}
 }
 
 // refuseUDP tells the container by ICMP that d met with err, if there is a message for that.
-func (f *Forwarder) refuseUDP(s *sender, d *stack.Datagram, err error) {
+func (f *Forwarder) refuseUDP(s *sender, count *counter, d *stack.Datagram, err error) {
 	e := &s.icmp
 	*e = stack.ICMPError{Protocol: protoUDP, Src: d.Src.Addr(), Dst: d.Dst.Addr(), TTL: d.TTL, TOS: d.TOS}
 	octets := d.Len()
@@ -139,33 +147,37 @@ func (f *Forwarder) refuseUDP(s *sender, d *stack.Datagram, err error) {
 		n += copy(s.quote[n:min(len(s.quote), udpHeaderLen+octets)], p)
 	}
 	e.Transport = s.quote[:n]
-	f.tell(&f.udp, e, err)
+	f.tell(count, e, err)
 }
 
 // openUDP is kind.open for UDP.
-func (f *Forwarder) openUDP(fl *flow) (int, error) {
+func (f *Forwarder) openUDP(fl *flow) (*socket, error) {
 	family, v6 := family(fl.key.src.Addr()), fl.v6()
 	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return -1, err
+		return nil, err
 	}
 	if err = receiveErrors(fd, v6); err == nil {
 		if v6 {
 			err = unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1) // the IPv4 port is another flow's
 		}
-		// Without these the flow works less well: single datagrams (before Linux 5.0), no ECN,
-		// a burst lost.
-		_ = unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1)
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, udpReceiveBuffer)
+		receiveTrains(fd)
 	}
 	if err == nil {
 		err = f.bindUDP(fd, family, fl.key)
 	}
 	if err != nil {
 		unix.Close(fd)
-		return -1, err
+		return nil, err
 	}
-	return fd, nil
+	return f.newSocket(fd, protoUDP, fl), nil
+}
+
+// receiveTrains asks for what a UDP socket works less well without: single datagrams come in
+// (before Linux 5.0), a burst is lost.
+func receiveTrains(fd int) {
+	_ = unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1)
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, udpReceiveBuffer)
 }
 
 // udpReceiveBuffer, in octets, holds what comes while the poller serves other flows. The
@@ -197,20 +209,43 @@ func (f *Forwarder) bindUDP(fd, family int, key flowKey) error {
 
 // readUDP is kind.read for UDP.
 func (f *Forwarder) readUDP(r *receiver, fl *flow, now int64) {
-	n := r.read(fl.fd)
+	f.receiveUDP(r, fl.sock.fd, &f.udp.count, fl, now)
+}
+
+// A udpReceiver tells what becomes of the datagrams that came from one sender to one address of the host: their
+// ends as the container knows them, or with ok false why they go no further.
+type udpReceiver interface {
+	came(from netip.AddrPort, at local, now int64) (src, dst netip.AddrPort, why dropReason, ok bool)
+}
+
+func (fl *flow) came(from netip.AddrPort, _ local, now int64) (src, dst netip.AddrPort, why dropReason, ok bool) {
+	used, ok := fl.answer(from, now)
+	if !ok {
+		used, ok = from, fl.f.cfg.UDP.FullCone && fl.f.stranger(from.Addr())
+	}
+	return used, fl.key.src, dropFiltered, ok
+}
+
+// receiveUDP gives the container what fd has, in trains.
+func (f *Forwarder) receiveUDP(r *receiver, fd int, count *counter, to udpReceiver, now int64) {
+	n := r.read(fd)
 	var t train
-	var from, used netip.AddrPort
-	var known bool
+	var from, src, dst netip.AddrPort
+	var at local
+	var why dropReason
+	var ok bool
 	for i := range n {
 		m := r.message(i)
-		if m.from != from || i == 0 {
-			from = m.from
-			if used, known = fl.answer(from, now); !known {
-				used, known = from, f.cfg.UDP.FullCone && f.stranger(from.Addr())
-			}
+		if m.group {
+			count.drop(dropGroup, 1)
+			continue
 		}
-		if !known {
-			f.udp.count.drop(dropFiltered, 1)
+		if m.from != from || m.at != at || !from.IsValid() {
+			from, at = m.from, m.at
+			src, dst, why, ok = to.came(from, at, now)
+		}
+		if !ok {
+			count.drop(why, 1)
 			continue
 		}
 		segment := m.segment
@@ -221,31 +256,31 @@ func (f *Forwarder) readUDP(r *receiver, fl *flow, now int64) {
 		for data, more := m.data, true; more; more = len(data) > 0 {
 			part := data[:min(len(data), maxSegments*segment)]
 			data = data[len(part):]
-			if t.count > 0 && (r.out.Src != used || r.out.TOS != m.tos || !t.add(len(part), segment)) {
-				f.receivedUDP(r, &t)
+			if t.count > 0 && (r.out.Src != src || r.out.Dst != dst || r.out.TOS != m.tos || !t.add(len(part), segment)) {
+				f.receivedUDP(r, count, &t)
 			}
 			if t.count == 0 {
 				t.add(len(part), segment)
-				r.out = stack.Datagram{Src: used, Dst: fl.key.src, Payload: r.pieces[:0], TOS: m.tos}
+				r.out = stack.Datagram{Src: src, Dst: dst, Payload: r.pieces[:0], TOS: m.tos}
 			}
 			r.out.Payload = append(r.out.Payload, part)
 		}
 	}
 	if t.count > 0 {
-		f.receivedUDP(r, &t)
+		f.receivedUDP(r, count, &t)
 	}
 }
 
 // receivedUDP gives the container r.out, which is t.
-func (f *Forwarder) receivedUDP(r *receiver, t *train) {
+func (f *Forwarder) receivedUDP(r *receiver, count *counter, t *train) {
 	if t.count > 1 {
 		r.out.Segment = t.segment
 	}
 	if err := f.stack.SendUDP(&r.out); err != nil {
-		f.udp.count.drop(dropStack, t.count)
+		count.drop(dropStack, t.count)
 	} else {
-		f.udp.count.received.Add(uint64(t.count))
-		f.udp.count.receivedOctets.Add(uint64(t.octets))
+		count.received.Add(uint64(t.count))
+		count.receivedOctets.Add(uint64(t.octets))
 	}
 	r.pieces = r.out.Payload // perhaps grown
 	*t = train{}
@@ -258,7 +293,7 @@ func (f *Forwarder) stranger(a netip.Addr) bool {
 }
 
 // idleUDP is kind.idle for UDP.
-func (f *Forwarder) idleUDP(p *peer) time.Duration {
+func (f *Forwarder) idleUDP(_ *flow, p *peer) time.Duration {
 	c := &f.cfg.UDP
 	switch {
 	case p.real.Port() == 53:

@@ -433,7 +433,7 @@ func TestUDPAllocs(t *testing.T) {
 		for range 4 {
 			s.WriteToUDPAddrPort(buf, from)
 		}
-		f.ready(fl, unix.EPOLLIN)
+		f.ready(fl.sock, unix.EPOLLIN)
 	}); n != 0 {
 		t.Errorf("%v allocations per batch down", n)
 	}
