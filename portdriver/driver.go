@@ -58,10 +58,9 @@ type StackDialer interface {
 }
 
 // UDPPublisher sends on what comes at fd, a bound, non-blocking UDP socket that it owns, also on an error.
-// to is where IPv4 clients go, to6 where IPv6 ones do; they may be of either family, and one is zero
-// where there are no such clients.
+// to is at most one address of each family; a client goes to that of its own, or else to the other.
 type UDPPublisher interface {
-	PublishUDP(fd int, to, to6 netip.AddrPort) (UDPForward, error)
+	PublishUDP(fd int, to ...netip.AddrPort) (UDPForward, error)
 }
 
 // UDPForward is a UDP port that is published.

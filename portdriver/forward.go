@@ -63,7 +63,7 @@ func (d *Driver) start(fs []*forward) error {
 			fd := f.fds[0]
 			f.fds = f.fds[1:]
 			if f.spec.udp() {
-				u, err := d.cfg.UDP.PublishUDP(fd, f.udpTarget(true), f.udpTarget(false))
+				u, err := d.cfg.UDP.PublishUDP(fd, f.udpTargets()...)
 				if err != nil {
 					return err
 				}
@@ -80,25 +80,15 @@ func (d *Driver) start(fs []*forward) error {
 	return nil
 }
 
-// udpTarget is where datagrams of a family's clients go; zero: there are no such clients.
-func (f *forward) udpTarget(v4 bool) netip.AddrPort {
-	_, has4, has6 := f.spec.families()
-	if host := f.spec.Host; host.IsValid() {
-		has4, has6 = host.Is4(), !host.Is4()
-	}
-	list, has := f.to4, has4
-	if !v4 {
-		list, has = f.to6, has6
-	}
-	if !has {
-		return netip.AddrPort{}
-	}
-	for _, a := range list {
+// udpTargets are where datagrams go: at most one address of each family.
+func (f *forward) udpTargets() []netip.AddrPort {
+	var to []netip.AddrPort
+	for _, a := range f.to4 {
 		if !a.IsLoopback() {
-			return netip.AddrPortFrom(a, f.spec.ContainerPort)
+			to = append(to, netip.AddrPortFrom(a, f.spec.ContainerPort))
 		}
 	}
-	return netip.AddrPort{}
+	return to
 }
 
 // stop closes what is listened on; it may be called again.

@@ -27,7 +27,7 @@ func (d *Driver) open(specs []Spec) (fs []*forward, err error) {
 		if spec.udp() && d.cfg.UDP == nil {
 			return fs, fmt.Errorf("publish %v: UDP ports are not published here", spec)
 		}
-		if spec.udp() && !f.udpTarget(true).IsValid() && !f.udpTarget(false).IsValid() {
+		if spec.udp() && len(f.udpTargets()) == 0 {
 			return fs, fmt.Errorf("publish %v: the container has no address that datagrams could go to", spec)
 		}
 		if err := f.bind(); err != nil {
