@@ -133,6 +133,12 @@ func (p *poller) poll(ready func(*socket, uint32)) {
 	}
 }
 
+// settle waits until nobody reads what has been removed.
+func (p *poller) settle() {
+	p.serving.Lock()
+	defer p.serving.Unlock()
+}
+
 // sleep sets when run has to tick next: in a second, or not before there is something to end.
 func (p *poller) sleep() {
 	p.asleep.Store(true)

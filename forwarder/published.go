@@ -131,9 +131,7 @@ func (p *PublishedUDP) Close() error {
 	p.closing.Do(func() {
 		f := p.f
 		f.poller.remove(p.sock)
-		// Whoever reads the socket now may still make a client.
-		f.poller.serving.Lock()
-		f.poller.serving.Unlock() //nolint:staticcheck // nothing to do inside: it waits
+		f.poller.settle() // whoever reads the socket now may still make a client
 		for _, fl := range f.published.table.forget(ownerKey{forward: p}) {
 			fl.release()
 		}
@@ -157,7 +155,8 @@ func (p *PublishedUDP) ends(at local, real netip.AddrPort) (src, dst netip.AddrP
 		return src, dst, false
 	}
 	defer fl.release()
-	return fl.key.src, fl.key.peer, true
+	// The other family's ICMP says nothing to the container.
+	return fl.key.src, fl.key.peer, fl.v6() == real.Addr().Is6()
 }
 
 // between leaves the interface away where it makes no difference: the host's routes may have changed.
