@@ -89,6 +89,9 @@ func (f *frame) hidesDiscovery() bool {
 			}
 			proto, rest = rest[0], rest[n:]
 		case uint8(header.IPv6FragmentExtHdrIdentifier):
+			if binary.BigEndian.Uint16(rest[2:])&^7 != 0 {
+				return false // no header follows but the middle of something
+			}
 			proto, rest = rest[0], rest[8:]
 		default:
 			return false

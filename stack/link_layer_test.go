@@ -128,3 +128,23 @@ func TestGroupAddressIsNotBelieved(t *testing.T) {
 	c.Close()
 	g.Close()
 }
+
+// A fragment other than the first may begin with any octet: a ping whose payload has a discovery's type there was lost.
+func TestFragmentIsNoDiscovery(t *testing.T) {
+	got := make(chan []byte, 1)
+	p := newPair(t, allOffloads, &handler{echo: func(e stack.Echo) { got <- bytes.Clone(e.Payload) }})
+	const size = 1232
+	payload := bytes.Repeat([]byte{135}, 3*size-8)
+	echo := echoRequest(container6.Addr(), world6, 1, 1, payload)[54:]
+	for at := 0; at < len(echo); at += size {
+		h := []byte{58, 0, 0, 0, 0, 0, 0, 7}
+		binary.BigEndian.PutUint16(h[2:], uint16(at))
+		if at+size < len(echo) {
+			h[3] |= 1
+		}
+		p.guestEnd.Write([][]byte{make([]byte, stack.HeaderLen), ipFrame(container6.Addr(), world6, 44, append(h, echo[at:at+size]...))})
+	}
+	if b := within(t, got); !bytes.Equal(b, payload) {
+		t.Errorf("%d octets came, or others", len(b))
+	}
+}
