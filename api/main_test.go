@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -221,8 +222,10 @@ func dial(t testing.TB, path string) *net.UnixConn {
 func ask(t testing.TB, path, request string) string {
 	t.Helper()
 	c := dial(t, path)
+	defer c.Close()
 	if _, err := io.WriteString(c, request); err != nil {
-		t.Fatal(err)
+		t.Error(err)
+		return ""
 	}
 	return readAll(t, c)
 }
@@ -231,7 +234,19 @@ func readAll(t testing.TB, r io.Reader) string {
 	t.Helper()
 	var b bytes.Buffer
 	if _, err := b.ReadFrom(r); err != nil {
-		t.Fatalf("after %q: %v", b.String(), err)
+		t.Errorf("after %q: %v", b.String(), err)
 	}
 	return b.String()
+}
+
+type forward = portdriver.Forward
+
+// again runs the calling test once more in a process of its own.
+func again(t *testing.T, env string) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.v", "-test.run", "^"+t.Name()+"$")
+	cmd.Env = append(os.Environ(), env)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
 }

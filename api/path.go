@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -12,7 +13,7 @@ import (
 // DefaultPath is where the control socket of the process called name goes when nobody says: $XDG_RUNTIME_DIR/usernet/NAME.sock.
 // The name must tell processes of one user apart; the PID does. It makes the directory.
 func DefaultPath(name string) (string, error) {
-	if name == "" || name != filepath.Base(name) || name == "." || name == ".." {
+	if name == "" || name != filepath.Base(name) || strings.Trim(name, "./") == "" {
 		return "", fmt.Errorf("%q is no name of a socket", name)
 	}
 	dir, err := DefaultDir()

@@ -79,6 +79,8 @@ type Server struct {
 	file *socketFile
 	web  *http.Server
 
+	patience time.Duration // the constant, but in tests
+
 	slots   chan struct{}  // one for each connection
 	serving sync.WaitGroup // goroutines that look at the first octet or speak JSON, and handlers of HTTP
 	mu      sync.Mutex
@@ -98,7 +100,7 @@ func Listen(cfg Config) (*Server, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{cfg: cfg, gate: newGate(), slots: make(chan struct{}, maxConns), conns: map[*conn]struct{}{}}
+	s := &Server{cfg: cfg, gate: newGate(), patience: patience, slots: make(chan struct{}, maxConns), conns: map[*conn]struct{}{}}
 	if s.gate.uid == s.gate.overflow {
 		cfg.Log.Warn("only root can use the control socket: our own user ID is the one that all unknown users have here", "uid", s.gate.uid)
 	}
@@ -107,7 +109,7 @@ func Listen(cfg Config) (*Server, error) {
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
 	s.web = &http.Server{
-		ReadHeaderTimeout: patience, ReadTimeout: bodyPatience, WriteTimeout: answerPatience, IdleTimeout: idlePatience,
+		ReadTimeout: bodyPatience, WriteTimeout: answerPatience, IdleTimeout: idlePatience,
 		MaxHeaderBytes: maxHeader,
 		ErrorLog:       slog.NewLogLogger(cfg.Log.Handler(), slog.LevelDebug),
 	}
@@ -141,6 +143,7 @@ func (s *Server) Serve(ctx context.Context) error {
 	defer stop()
 
 	s.web.Handler = s.handler()
+	s.web.ReadHeaderTimeout = s.patience
 	s.web.BaseContext = func(net.Listener) context.Context { return ctx }
 	web := newHandover(s.ln.Addr())
 	var group sync.WaitGroup
@@ -226,7 +229,7 @@ func (s *Server) serve(ctx context.Context, c *conn, web *handover) {
 		c.Close()
 		return
 	}
-	_ = c.SetDeadline(time.Now().Add(patience))
+	_ = c.SetDeadline(time.Now().Add(s.patience))
 	switch err := c.peek(); {
 	case err != nil && !errors.Is(err, io.EOF):
 		c.Close() // it says nothing, or we end

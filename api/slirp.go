@@ -54,7 +54,7 @@ func (s *Server) slirp(ctx context.Context, c *conn) {
 		answer = map[string]any{"error": map[string]string{"desc": err.Error()}}
 	}
 	body := encodeSlirp(answer)
-	_ = c.SetWriteDeadline(time.Now().Add(patience))
+	_ = c.SetWriteDeadline(time.Now().Add(s.patience))
 	if _, err := c.Write(body); err != nil {
 		return
 	}

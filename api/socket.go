@@ -33,8 +33,9 @@ const (
 	// lockPatience: an honest starter keeps the lock for less than a millisecond.
 	lockPatience = 5 * time.Second
 
-	// backlog of connections that nobody has accepted yet; more of them wait in connect(2).
-	backlog = 64
+	// backlog of connections that nobody has accepted yet. Past it a client that does not block, as all of Go's, gets
+	// EAGAIN. Clients come in swarms when a host starts its containers; the kernel cuts this to net.core.somaxconn.
+	backlog = 4096
 )
 
 // A socketFile is the name of a listening socket. It is removed by whoever made it, unless somebody has put another one
@@ -53,6 +54,9 @@ func (f *socketFile) is(st *unix.Stat_t) bool {
 
 // listenAt makes the socket and its file.
 func listenAt(path string) (_ net.Listener, _ *socketFile, err error) {
+	if path == "" {
+		return nil, nil, errors.New("it has no name")
+	}
 	path, err = filepath.Abs(path)
 	if err != nil {
 		return nil, nil, err
