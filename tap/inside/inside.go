@@ -13,7 +13,7 @@ import (
 	"usernet/tap/netns"
 )
 
-// This file, routing.go and the names of operations run inside the namespace: in the helper, or on a visiting thread.
+// This file, routing.go and turn.go run inside the namespace: in the helper, or on a visiting thread.
 
 const (
 	opSetup = "inside.setup"
@@ -21,36 +21,31 @@ const (
 	opUndo  = "inside.undo"
 )
 
-// Ops are what this package does inside; a program adds them to the table of its helper.
+// Ops are what this package does inside; a program adds them to the table of its helper, once. One such table
+// serves one namespace, as it remembers what it has changed there.
 func Ops() netns.Ops {
+	s := new(site)
 	return netns.Ops{
-		opSetup: netns.Handle(setup),
+		opSetup: netns.Handle(s.setup),
 		opMake:  netns.Handle(makeSockets),
-		opUndo:  netns.Handle(undo),
+		opUndo:  netns.Handle(s.undo),
 	}
 }
 
-// setupArgs and setupReply are what Open and Repair ask and hear.
+// setupArgs and setupReply are what Open and a repair ask and hear.
 type setupArgs struct {
-	IPv6   bool
-	Diag   bool // send the sock_diag socket as well
-	Repair bool // this very routing was set up before: Changed says what it found then
-	Changed
+	IPv6 bool
+	Diag bool // send a socket for sock_diag as well
 }
 
 type setupReply struct {
-	Why       [2]string     // per family: why a source address cannot be kept; "" where it can
+	Why       [2]string     // per family: why a client's address cannot be kept; "" where it can
 	Errno     [2]unix.Errno // of these, where there is one
 	Ephemeral [2]uint16
-	Changed
 }
 
-// Changed is what undo must know.
-type Changed struct {
-	Sysctl bool // tcp_fwmark_accept was 0
-}
-
-func setup(ctx context.Context, a setupArgs) (r setupReply, files []*os.File, err error) {
+// setup may be done again: it puts back what is missing.
+func (s *site) setup(ctx context.Context, a setupArgs) (r setupReply, files []*os.File, err error) {
 	if a.Diag {
 		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
 		if err != nil {
@@ -58,22 +53,20 @@ func setup(ctx context.Context, a setupArgs) (r setupReply, files []*os.File, er
 		}
 		files = append(files, os.NewFile(uintptr(fd), "sock_diag"))
 	}
-	r.Ephemeral = ephemeral()
-	routing, why := setUp(a)
-	for i, err := range why {
+	netns.AtEnd(ctx, opUndo, func() { s.takeDown() })
+	for i, err := range s.setUp(ctx, a.IPv6) {
 		if err != nil {
 			r.Why[i] = err.Error()
 			errors.As(err, &r.Errno[i])
 		}
 	}
-	r.Changed = routing
-	netns.AtEnd(ctx, opUndo, func() { takeDown(routing) })
+	r.Ephemeral = ephemeral()
 	return r, files, nil
 }
 
-func undo(ctx context.Context, c Changed) (struct{}, []*os.File, error) {
+func (s *site) undo(ctx context.Context, _ struct{}) (struct{}, []*os.File, error) {
 	netns.AtEnd(ctx, opUndo, nil)
-	return struct{}{}, nil, takeDown(c)
+	return struct{}{}, nil, s.takeDown()
 }
 
 // makeArgs ask for a batch.
@@ -84,75 +77,79 @@ type makeArgs struct {
 
 func makeSockets(_ context.Context, a makeArgs) (_ struct{}, files []*os.File, err error) {
 	for range a.Count {
-		fd, err := makeSocket(a.Kind)
+		f, err := makeSocket(a.Kind)
 		if err != nil {
 			if len(files) > 0 { // some are better than none, and the next batch will tell
 				break
 			}
-			return struct{}{}, nil, err
+			return struct{}{}, nil, fmt.Errorf("socket in the namespace: %w", err)
 		}
-		files = append(files, os.NewFile(uintptr(fd), "socket"))
-		// Only now: a File that knows it to be non-blocking would give it to the poller, and make it block
-		// when asked for the number.
-		if err := unix.SetNonblock(fd, true); err != nil {
-			for _, f := range files {
-				f.Close()
-			}
-			return struct{}{}, nil, err
-		}
+		files = append(files, f)
 	}
 	return struct{}{}, files, nil
 }
 
 type option struct {
-	level, name, value int
-	what               string
+	level, name int
+	what        string
+	value       int
 }
 
 var (
-	always = []option{
-		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1, "TCP_NODELAY"}, // what comes was sent as it should go
+	plainOptions = []option{
+		{unix.IPPROTO_TCP, unix.TCP_NODELAY, "TCP_NODELAY", 1}, // what comes has waited where it was sent, if it had to
 	}
-	transparent = []option{
-		{unix.SOL_SOCKET, unix.SO_MARK, Mark, "SO_MARK"},
-		{unix.SOL_SOCKET, unix.SO_REUSEADDR, 1, "SO_REUSEADDR"},
-		{unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1, "IP_BIND_ADDRESS_NO_PORT"},
+	transparent4 = append([]option{{unix.IPPROTO_IP, unix.IP_TRANSPARENT, "IP_TRANSPARENT", 1}}, transparentOptions...)
+	transparent6 = append([]option{{unix.IPPROTO_IPV6, unix.IPV6_TRANSPARENT, "IPV6_TRANSPARENT", 1}}, transparentOptions...)
+
+	transparentOptions = []option{
+		{unix.SOL_SOCKET, unix.SO_MARK, "SO_MARK", Mark},
+		{unix.SOL_SOCKET, unix.SO_REUSEADDR, "SO_REUSEADDR", 1},
+		{unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, "IP_BIND_ADDRESS_NO_PORT", 1}, // of IPv6 as well
 	}
-	transparent4 = option{unix.IPPROTO_IP, unix.IP_TRANSPARENT, 1, "IP_TRANSPARENT"}
-	transparent6 = option{unix.IPPROTO_IPV6, unix.IPV6_TRANSPARENT, 1, "IPV6_TRANSPARENT"}
 )
 
-func makeSocket(k Kind) (int, error) {
-	family, own := unix.AF_INET, transparent4
+func makeSocket(k Kind) (*os.File, error) {
+	family, options := unix.AF_INET, [][]option{plainOptions}
 	if k.V6 {
-		family, own = unix.AF_INET6, transparent6
+		family = unix.AF_INET6
 	}
-	options := always
-	if k.Transparent {
-		options = append(append(options[:len(options):len(options)], transparent...), own)
+	switch {
+	case k.Transparent && k.V6:
+		options = append(options, transparent6)
+	case k.Transparent:
+		options = append(options, transparent4)
 	}
 	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
 	if err != nil {
-		return -1, fmt.Errorf("socket in the namespace: %w", err)
+		return nil, err
 	}
-	for _, o := range options {
-		if err := unix.SetsockoptInt(fd, o.level, o.name, o.value); err != nil {
-			unix.Close(fd)
-			return -1, fmt.Errorf("socket in the namespace: %s: %w", o.what, err)
+	// Made blocking and changed behind the File's back: one that knew would be given to the poller, and would make
+	// the socket blocking again where its number is asked for.
+	f := os.NewFile(uintptr(fd), "socket")
+	for _, some := range options {
+		for _, o := range some {
+			if err := unix.SetsockoptInt(fd, o.level, o.name, o.value); err != nil {
+				f.Close()
+				return nil, fmt.Errorf("%s: %w", o.what, err)
+			}
 		}
 	}
-	return fd, nil
+	if err := unix.SetNonblock(fd, true); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
 // ephemeral is the range of ports that the namespace's kernel picks from; where it does not tell, Linux's own.
 func ephemeral() [2]uint16 {
-	if raw, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range"); err == nil {
-		if f := strings.Fields(string(raw)); len(f) == 2 {
-			low, err1 := strconv.ParseUint(f[0], 10, 16)
-			high, err2 := strconv.ParseUint(f[1], 10, 16)
-			if err1 == nil && err2 == nil {
-				return [2]uint16{uint16(low), uint16(high)}
-			}
+	raw, _ := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+	if f := strings.Fields(string(raw)); len(f) == 2 {
+		low, err1 := strconv.ParseUint(f[0], 10, 16)
+		high, err2 := strconv.ParseUint(f[1], 10, 16)
+		if err1 == nil && err2 == nil {
+			return [2]uint16{uint16(low), uint16(high)}
 		}
 	}
 	return [2]uint16{32768, 60999}

@@ -32,8 +32,10 @@ const (
 	// is stuck is ended, and the kernel path with it.
 	callLimit = 5 * time.Second
 
-	// repairPause lies between two repairs, however often somebody breaks it.
-	repairPause = time.Second
+	// repairPause lies between two looks at the routing, however often somebody breaks it. After a look that did not
+	// help it doubles, up to the longest.
+	repairPause     = time.Second
+	repairPauseMost = 30 * time.Second
 
 	// failPause lies between two tries to make sockets where the last one failed.
 	failPause = 100 * time.Millisecond
@@ -56,12 +58,16 @@ func (k Kind) index() int {
 	return i
 }
 
+// family is an index, as of families.
+func (k Kind) family() int { return k.index() & 1 }
+
 func kindOf(i int) Kind { return Kind{V6: i&1 != 0, Transparent: i&2 != 0} }
 
 // A Kit makes and keeps sockets of one namespace. Its methods may be called concurrently, except that Close comes
 // after Run has returned.
 type Kit struct {
 	ns  *netns.NS
+	ops netns.Ops
 	cfg Config
 	low int // a stock below that is refilled
 
@@ -70,20 +76,20 @@ type Kit struct {
 
 	wake chan struct{} // to Run: a stock is low, or the routing is in doubt
 
-	mu      sync.Mutex
-	changed Changed
-	why     [2]error // per family: no source addresses
-	stocks  [4]stock // by Kind.index
-	doubt   bool
-	closed  bool
+	mu     sync.Mutex
+	why    [2]error // per family: no source addresses
+	stocks [4]stock // by Kind.index
+	doubt  bool
+	ended  bool
 }
 
 // A stock holds sockets of one kind. Nothing is made before the first is asked for.
 type stock struct {
 	fds    []int
-	wanted bool
+	wanted bool          // Run is to refill it
 	filled chan struct{} // nil: nobody waits; closed after the next refill
 	err    error         // of the last refill
+	retry  time.Time     // not before, where that failed
 }
 
 var errEnded = errors.New("sockets inside the namespace: no more are made")
@@ -101,13 +107,13 @@ func Open(ctx context.Context, ns *netns.NS, cfg Config) (*Kit, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	k := &Kit{ns: ns, cfg: cfg, low: (cfg.Batch + 2) / 3, diag: diag{fd: -1}, wake: make(chan struct{}, 1)}
+	k := &Kit{ns: ns, ops: Ops(), cfg: cfg, low: (cfg.Batch + 2) / 3, diag: diag{fd: -1}, wake: make(chan struct{}, 1)}
 	var r setupReply
-	files, err := ns.Call(ctx, Ops(), opSetup, setupArgs{IPv6: cfg.IPv6, Diag: true}, &r)
+	files, err := ns.Call(ctx, k.ops, opSetup, setupArgs{IPv6: cfg.IPv6, Diag: true}, &r)
 	if err != nil {
 		return nil, fmt.Errorf("prepare for published ports: %w", err)
 	}
-	k.learn(r)
+	k.why = r.errors()
 	k.ephemeral = r.Ephemeral
 	// A descriptor of our own: the File's would be closed by the garbage collector.
 	k.diag.fd, err = unix.FcntlInt(files[0].Fd(), unix.F_DUPFD_CLOEXEC, 0)
@@ -118,17 +124,13 @@ func Open(ctx context.Context, ns *netns.NS, cfg Config) (*Kit, error) {
 	return k, nil
 }
 
-// learn takes in what setup found.
-func (k *Kit) learn(r setupReply) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.changed = r.Changed
+func (r setupReply) errors() (why [2]error) {
 	for i, text := range r.Why {
-		k.why[i] = nil
 		if text != "" {
-			k.why[i] = &whyNot{text, r.Errno[i]}
+			why[i] = &whyNot{text, r.Errno[i]}
 		}
 	}
+	return why
 }
 
 // A whyNot came over from the helper.
@@ -150,15 +152,14 @@ func (e *whyNot) Unwrap() error {
 func (k *Kit) Transparent(v6 bool) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.why[Kind{V6: v6}.index()]
+	return k.why[Kind{V6: v6}.family()]
 }
 
 // Ephemeral is the range of ports from which the namespace's kernel picks those that nobody asked for: what
 // is bound to one of them is hardly a service. It is read once.
 func (k *Kit) Ephemeral() (low, high uint16) { return k.ephemeral[0], k.ephemeral[1] }
 
-// Ready takes a socket from the stock, as Socket does, without ever waiting: ok is false where there is none, and one
-// is made then.
+// Ready is Socket for whoever cannot wait: ok is false where none lies ready, and Run makes some then.
 func (k *Kit) Ready(kind Kind) (fd int, ok bool) {
 	fd, _, err := k.take(kind, false)
 	return fd, err == nil && fd >= 0
@@ -166,9 +167,9 @@ func (k *Kit) Ready(kind Kind) (fd int, ok bool) {
 
 // Socket returns a TCP socket of the namespace, non-blocking and close-on-exec, with TCP_NODELAY, which is the
 // caller's to close. A transparent one has IP_TRANSPARENT (IPV6_TRANSPARENT), Mark, SO_REUSEADDR and
-// IP_BIND_ADDRESS_NO_PORT: bind it to the client's address and port, and, where that is taken, to the client's address
-// and port 0. As a rule it lies ready and costs no system call; else Run makes it, and Socket waits until
-// then, or until ctx ends.
+// IP_BIND_ADDRESS_NO_PORT as well: bind it to the client's address and port, and where that is refused, as it is taken or
+// below the namespace's first unprivileged port, to the client's address and port 0. As a rule it lies ready and costs no system
+// call; else Run makes it, and Socket waits until then, or until ctx ends.
 func (k *Kit) Socket(ctx context.Context, kind Kind) (int, error) {
 	for {
 		fd, filled, err := k.take(kind, true)
@@ -177,9 +178,6 @@ func (k *Kit) Socket(ctx context.Context, kind Kind) (int, error) {
 		}
 		select {
 		case <-filled:
-			if err := k.failure(kind); err != nil {
-				return -1, err
-			}
 		case <-ctx.Done():
 			return -1, context.Cause(ctx)
 		}
@@ -190,18 +188,23 @@ func (k *Kit) Socket(ctx context.Context, kind Kind) (int, error) {
 func (k *Kit) take(kind Kind, wait bool) (fd int, filled <-chan struct{}, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.closed {
+	if k.ended {
 		return -1, nil, errEnded
 	}
-	if kind.Transparent {
-		if err := k.why[kind.index()&1]; err != nil {
-			return -1, nil, fmt.Errorf("socket with a client's address: %w", err)
-		}
+	if why := k.why[kind.family()]; kind.Transparent && why != nil {
+		k.doubtLocked() // it may have become possible
+		return -1, nil, fmt.Errorf("keep a client's address: %w", why)
 	}
 	s := &k.stocks[kind.index()]
 	fd = -1
 	if n := len(s.fds); n > 0 {
 		fd, s.fds = s.fds[n-1], s.fds[:n-1]
+	}
+	if s.err != nil && len(s.fds) < k.low && time.Now().Before(s.retry) {
+		if fd < 0 {
+			return -1, nil, s.err
+		}
+		return fd, nil, nil
 	}
 	if len(s.fds) < k.low && !s.wanted {
 		s.wanted = true
@@ -216,23 +219,19 @@ func (k *Kit) take(kind Kind, wait bool) (fd int, filled <-chan struct{}, err er
 	return fd, filled, nil
 }
 
-func (k *Kit) failure(kind Kind) error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	s := &k.stocks[kind.index()]
-	if len(s.fds) > 0 {
-		return nil
-	}
-	return s.err
-}
-
-// Doubt has Run look whether the routing is as it was set up, and put back what the container took away, once a second
+// Doubt has Run look whether the routing is as it was set up, and put back what the container took away; once a second
 // at most. Call it where a transparent connection got no answer.
 func (k *Kit) Doubt() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.doubt = true
-	k.signal()
+	k.doubtLocked()
+}
+
+func (k *Kit) doubtLocked() {
+	if !k.doubt {
+		k.doubt = true
+		k.signal()
+	}
 }
 
 func (k *Kit) signal() {
@@ -242,22 +241,33 @@ func (k *Kit) signal() {
 	}
 }
 
-// Run makes sockets as they are used up, until ctx ends.
+// Run makes sockets as they are used up, until ctx ends. Socket fails afterwards.
 func (k *Kit) Run(ctx context.Context) error {
 	defer k.end()
+	pause := time.NewTimer(0) // ends when the routing may be looked at
+	defer pause.Stop()
+	due, length := false, repairPause
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-pause.C:
+			due = true
 		case <-k.wake:
-		}
-		if k.takeDoubt() {
-			k.repair(ctx)
 		}
 		for i := range k.stocks {
 			if ctx.Err() == nil && k.isWanted(i) {
 				k.refill(ctx, i)
 			}
+		}
+		if due && k.isDoubted() {
+			due = false
+			if k.repair(ctx) {
+				length = repairPause
+			} else {
+				length = min(2*length, repairPauseMost)
+			}
+			pause.Reset(length)
 		}
 	}
 }
@@ -266,22 +276,17 @@ func (k *Kit) Run(ctx context.Context) error {
 func (k *Kit) end() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.closed = true
+	k.ended = true
 	for i := range k.stocks {
-		s := &k.stocks[i]
-		if s.filled != nil {
-			close(s.filled)
-			s.filled = nil
-		}
+		k.stocks[i].wakeUp()
 	}
 }
 
-func (k *Kit) takeDoubt() bool {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	was := k.doubt
-	k.doubt = false
-	return was
+func (s *stock) wakeUp() {
+	if s.filled != nil {
+		close(s.filled)
+		s.filled = nil
+	}
 }
 
 func (k *Kit) isWanted(i int) bool {
@@ -290,12 +295,18 @@ func (k *Kit) isWanted(i int) bool {
 	return k.stocks[i].wanted
 }
 
+func (k *Kit) isDoubted() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.doubt
+}
+
 // call asks the helper. Its time does not end with ctx: a call that is broken off costs the helper its life, and
 // the sandbox allows no other.
 func (k *Kit) call(ctx context.Context, name string, args, reply any) ([]int, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callLimit)
 	defer cancel()
-	return k.ns.CallFDs(ctx, Ops(), name, args, reply)
+	return k.ns.CallFDs(ctx, k.ops, name, args, reply)
 }
 
 func (k *Kit) refill(ctx context.Context, i int) {
@@ -309,49 +320,72 @@ func (k *Kit) refill(ctx context.Context, i int) {
 	if err != nil {
 		err = fmt.Errorf("make sockets inside: %w", err)
 		if s.err == nil {
-			k.cfg.Log.Warn("published ports: no socket inside the namespace, connections take the way through the stack", "error", err)
+			k.cfg.Log.Warn("published ports: no more sockets inside the namespace for now", "error", err)
 		}
+		s.retry = time.Now().Add(failPause)
+		k.doubtLocked() // a helper that has ended has undone the routing
 	}
 	s.fds = append(s.fds, fds...)
 	s.err = err
 	s.wanted = false
-	if s.filled != nil {
-		close(s.filled)
-		s.filled = nil
-	}
+	s.wakeUp()
 }
 
-func (k *Kit) repair(ctx context.Context) {
+// repair tells whether the routing is in order now, as far as it ever will be.
+func (k *Kit) repair(ctx context.Context) bool {
 	k.mu.Lock()
-	args := setupArgs{IPv6: k.cfg.IPv6, Repair: true, Changed: k.changed}
+	k.doubt = false
 	k.mu.Unlock()
 	var r setupReply
-	if _, err := k.call(ctx, opSetup, args, &r); err != nil {
-		k.cfg.Log.Warn("published ports: the routing inside the namespace cannot be looked at", "error", err)
-		return
+	_, err := k.call(ctx, opSetup, setupArgs{IPv6: k.cfg.IPv6}, &r)
+	why := r.errors()
+	if err != nil {
+		err = fmt.Errorf("the helper in the namespace does not answer: %w", err)
+		why = [2]error{err, err}
 	}
-	k.learn(r)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	fine := true
+	for i, name := range []string{"IPv4", "IPv6"} {
+		if !k.cfg.IPv6 && i == 1 {
+			continue
+		}
+		was := k.why[i]
+		k.why[i] = why[i]
+		switch {
+		case why[i] != nil:
+			fine = false
+			if was == nil {
+				k.cfg.Log.Warn("published ports: clients' addresses cannot be kept inside the namespace any more", "family", name, "error", why[i])
+			}
+		case was != nil:
+			k.cfg.Log.Info("published ports: clients' addresses can be kept inside the namespace", "family", name)
+		}
+	}
+	return fine
 }
 
-// Close closes what is in stock and puts the namespace's routing back as it was, as far as it is still ours. The first
-// call counts.
+// Close closes what is in stock and puts the namespace's routing back as it was, as far as it is still ours. A second
+// call does nothing.
 func (k *Kit) Close() error {
 	k.end()
 	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.ns == nil {
-		return nil
-	}
+	ns := k.ns
+	k.ns = nil
 	for i := range k.stocks {
 		for _, fd := range k.stocks[i].fds {
 			unix.Close(fd)
 		}
-		k.stocks[i] = stock{}
+		k.stocks[i].fds = nil
+	}
+	k.mu.Unlock()
+	if ns == nil {
+		return nil
 	}
 	k.diag.close()
-	_, err := k.call(context.Background(), opUndo, k.changed, nil)
-	k.ns = nil
-	if err != nil {
+	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
+	defer cancel()
+	if _, err := ns.Call(ctx, k.ops, opUndo, struct{}{}, nil); err != nil {
 		return fmt.Errorf("undo what published ports needed: %w", err)
 	}
 	return nil

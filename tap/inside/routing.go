@@ -1,12 +1,13 @@
 package inside
 
 import (
-	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
 	"os"
+	"sync"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -33,47 +34,96 @@ const sysctlPath = "/proc/sys/net/ipv4/tcp_fwmark_accept"
 
 var families = [2]int{unix.AF_INET, unix.AF_INET6}
 
+// A site is what is changed in one namespace.
+type site struct {
+	mu      sync.Mutex
+	turn    *os.File // see takeTurn
+	sysctl  *os.File // open as long as there is something to undo: a sandbox may allow no other
+	begun   bool
+	changed bool // the sysctl was 0
+}
+
 // setUp makes rule, route and sysctl. The errors, one per family, say why there is none of it.
-func setUp(a setupArgs) (c Changed, why [2]error) {
-	none := func(err error) (Changed, [2]error) { return c, [2]error{err, err} }
-	c = a.Changed
+func (s *site) setUp(ctx context.Context, ipv6 bool) (why [2]error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	none := func(err error) [2]error { return [2]error{err, err} }
 	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return none(fmt.Errorf("netlink: %w", err))
 	}
 	defer nl.Close()
-	if !a.Repair { // what a killed one left is taken for our own, with what it knew
-		for _, family := range families {
-			c.Sysctl = nl.RuleDel(rule(family, PrefChanged)) == nil || c.Sysctl
-			nl.RuleDel(rule(family, PrefKept))
+	if !s.begun {
+		s.begun = true
+		s.turn = takeTurn(ctx)
+		s.adopt(nl)
+	}
+	if s.sysctl == nil {
+		if s.sysctl, err = openSysctl(); err != nil {
+			return none(err)
 		}
 	}
-	was, err := readSysctl()
+	on, err := s.isOn()
 	if err != nil {
 		return none(err)
 	}
-	c.Sysctl = c.Sysctl || !was
+	s.changed = s.changed || !on
 	lo, err := loopback(nl)
 	if err != nil {
 		return none(err)
 	}
-	if !a.IPv6 {
-		why[1] = errors.New("usernet serves no IPv6 here")
+	if !ipv6 {
+		why[1] = errNoIPv6
 	}
 	// The rule first: it is the note of what the sysctl was.
 	for i, family := range families {
 		if why[i] == nil {
-			why[i] = addRouting(nl, lo, family, c)
+			why[i] = s.addRouting(nl, lo, family)
 		}
 	}
-	if why[0] != nil && why[1] != nil || was {
-		return c, why
+	if on || why[0] != nil && why[1] != nil {
+		return why
 	}
-	if err := os.WriteFile(sysctlPath, []byte("1"), 0); err != nil {
-		err = fmt.Errorf("set the sysctl net.ipv4.tcp_fwmark_accept in the namespace (is /proc/sys writable?): %w", err)
-		return none(errors.Join(err, takeDown(c)))
+	if _, err := s.sysctl.WriteAt([]byte("1"), 0); err != nil {
+		err = fmt.Errorf("set the sysctl net.ipv4.tcp_fwmark_accept in the namespace: %w", err)
+		return none(errors.Join(err, s.removeRouting(nl)))
 	}
-	return c, why
+	return why
+}
+
+var errNoIPv6 = errors.New("usernet serves no IPv6 here")
+
+// adopt takes what a killed one left for our own, with what it knew.
+func (s *site) adopt(nl *netlink.Handle) {
+	for _, family := range families {
+		if nl.RuleDel(rule(family, PrefChanged)) == nil {
+			s.changed = true
+		}
+		nl.RuleDel(rule(family, PrefKept))
+	}
+}
+
+func openSysctl() (*os.File, error) {
+	f, err := os.OpenFile(sysctlPath, os.O_RDWR, 0)
+	if errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES) {
+		if f, readErr := os.Open(sysctlPath); readErr == nil { // it may be 1 already
+			return f, nil
+		}
+		return nil, fmt.Errorf("the sysctl net.ipv4.tcp_fwmark_accept (is /proc/sys read-only here?): %w", err)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("the kernel has no sysctl net.ipv4.tcp_fwmark_accept (or /proc is not mounted): %w", err)
+	}
+	return f, err
+}
+
+func (s *site) isOn() (bool, error) {
+	var raw [16]byte
+	n, err := s.sysctl.ReadAt(raw[:], 0)
+	if n == 0 {
+		return false, fmt.Errorf("read the sysctl net.ipv4.tcp_fwmark_accept: %w", err)
+	}
+	return raw[0] != '0', nil
 }
 
 // loopback is lo's index. It must be up: the kernel drops the routes of a device that goes down.
@@ -86,17 +136,6 @@ func loopback(nl *netlink.Handle) (int, error) {
 		return 0, fmt.Errorf("lo is down in the namespace (\"ip link set lo up\" there): %w", unix.ENETDOWN)
 	}
 	return lo.Attrs().Index, nil
-}
-
-func readSysctl() (bool, error) {
-	raw, err := os.ReadFile(sysctlPath)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, fmt.Errorf("the kernel has no sysctl net.ipv4.tcp_fwmark_accept (or /proc/sys is not here): %w", err)
-	}
-	if err != nil {
-		return false, fmt.Errorf("read the sysctl net.ipv4.tcp_fwmark_accept: %w", err)
-	}
-	return !bytes.Equal(bytes.TrimSpace(raw), []byte("0")), nil
 }
 
 func rule(family, preference int) *netlink.Rule {
@@ -118,20 +157,17 @@ func route(family, lo int) *netlink.Route {
 	return r
 }
 
-func preference(c Changed) int {
-	if c.Sysctl {
-		return PrefChanged
+func (s *site) addRouting(nl *netlink.Handle, lo, family int) error {
+	pref := PrefKept
+	if s.changed {
+		pref = PrefChanged
 	}
-	return PrefKept
-}
-
-func addRouting(nl *netlink.Handle, lo, family int, c Changed) error {
-	if err := nl.RuleAdd(rule(family, preference(c))); err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("rule %d, mark %#x, in the namespace: %w", preference(c), Mark, explain(family, err))
+	if err := nl.RuleAdd(rule(family, pref)); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("rule for mark %#x in the namespace: %w", Mark, explain(family, err))
 	}
 	if err := nl.RouteReplace(route(family, lo)); err != nil {
 		err = fmt.Errorf("route in table %d of the namespace: %w", Table, explain(family, err))
-		return errors.Join(err, gone(nl.RuleDel(rule(family, preference(c)))))
+		return errors.Join(err, gone(nl.RuleDel(rule(family, pref))))
 	}
 	return nil
 }
@@ -149,31 +185,51 @@ func explain(family int, err error) error {
 // takeDown undoes setUp: the sysctl if we changed it and it is still so, then routes, then rules, so that
 // what a kill in the midst leaves behind still tells about the sysctl. What the container has removed
 // itself is no error.
-func takeDown(c Changed) (err error) {
-	if c.Sysctl {
-		if on, readErr := readSysctl(); readErr == nil && on {
-			err = os.WriteFile(sysctlPath, []byte("0"), 0)
-		}
+func (s *site) takeDown() (err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.begun {
+		return nil
+	}
+	if on, readErr := s.readIfOpen(); s.changed && readErr == nil && on {
+		_, err = s.sysctl.WriteAt([]byte("0"), 0)
 	}
 	nl, nlErr := netlink.NewHandle(unix.NETLINK_ROUTE)
-	if nlErr != nil {
-		return errors.Join(err, fmt.Errorf("netlink: %w", nlErr))
+	if nlErr == nil {
+		nlErr = s.removeRouting(nl)
+		nl.Close()
 	}
-	defer nl.Close()
+	for _, f := range []*os.File{s.sysctl, s.turn} { // others have their turn now
+		if f != nil {
+			f.Close()
+		}
+	}
+	s.sysctl, s.turn, s.begun, s.changed = nil, nil, false, false
+	if err = errors.Join(err, nlErr); err != nil {
+		return fmt.Errorf("take the routing back: %w", err)
+	}
+	return nil
+}
+
+func (s *site) readIfOpen() (bool, error) {
+	if s.sysctl == nil {
+		return false, nil
+	}
+	return s.isOn()
+}
+
+func (s *site) removeRouting(nl *netlink.Handle) (err error) {
 	if lo, loErr := nl.LinkByName("lo"); loErr == nil {
 		for _, family := range families {
 			err = errors.Join(err, gone(nl.RouteDel(route(family, lo.Attrs().Index))))
 		}
 	}
 	for _, family := range families {
-		for _, preference := range []int{PrefChanged, PrefKept} {
-			err = errors.Join(err, gone(nl.RuleDel(rule(family, preference))))
+		for _, pref := range []int{PrefChanged, PrefKept} {
+			err = errors.Join(err, gone(nl.RuleDel(rule(family, pref))))
 		}
 	}
-	if err != nil {
-		return fmt.Errorf("take the routing back: %w", err)
-	}
-	return nil
+	return err
 }
 
 // gone drops the errors that say that there is no such thing.

@@ -24,6 +24,9 @@ const helperSocket = 3
 // killed. It only exits, so that more than this means that it is stuck in the kernel.
 const endGrace = 2 * time.Second
 
+// restAfter is how long nothing is asked of a helper before it gives memory back.
+const restAfter = 2 * time.Second
+
 // IsHelper tells whether this process was started as a helper. main (and TestMain) asks first of
 // all, and then ends with HelperMain's result.
 func IsHelper() bool { return len(os.Args) == 1 && os.Args[0] == helperName }
@@ -40,7 +43,7 @@ func HelperMain(ops Ops) int {
 		return 1
 	}
 	defer c.Close()
-	err = serve(c, ops)
+	err = serve(c, ops, findSpare())
 	// A reset comes instead of an end where the parent died without reading an answer.
 	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", helperName, err)
@@ -90,7 +93,7 @@ func (e *ending) run(idle <-chan struct{}) {
 }
 
 // serve reads while an operation runs, to see the parent's end at once.
-func serve(c *net.UnixConn, ops Ops) error {
+func serve(c *net.UnixConn, ops Ops, spare spare) error {
 	last := &ending{do: map[string]func(){}}
 	idle := make(chan struct{})
 	defer last.run(idle)
@@ -100,11 +103,24 @@ func serve(c *net.UnixConn, ops Ops) error {
 	defer close(calls)
 	go func() {
 		defer close(idle)
-		for r := range calls {
+		rest := time.NewTimer(restAfter)
+		defer rest.Stop()
+		for {
+			var r request
+			select {
+			case r = <-calls:
+			case <-rest.C:
+				spare.trim()
+				continue
+			}
+			if r.Name == "" { // closed
+				return
+			}
 			a, files := do(ctx, ops, r)
+			rest.Reset(restAfter)
 			err := send(c, a, files)
-			if errors.Is(err, unix.EMSGSIZE) {
-				err = send(c, newAnswer(nil, err), nil)
+			if err != nil { // too long, too many descriptors under way: the caller shall know. Or nobody is there
+				err = send(c, newAnswer(nil, fmt.Errorf("send the answer: %w", err)), nil)
 			}
 			closeAll(files)
 			if err != nil {
@@ -112,9 +128,10 @@ func serve(c *net.UnixConn, ops Ops) error {
 			}
 		}
 	}()
+	b := newBuffer()
 	for {
 		var r request
-		fds, err := receive(c, &r)
+		fds, err := b.receive(c, &r)
 		if err != nil {
 			return err
 		}
@@ -144,6 +161,7 @@ func do(ctx context.Context, ops Ops, r request) (answer, []*os.File) {
 type helper struct {
 	conn *net.UnixConn
 	proc *os.Process
+	in   *buffer
 }
 
 // callHelperLocked starts the helper if there is none, asks and waits.
@@ -182,7 +200,7 @@ func (h *helper) call(ctx context.Context, name string, args []byte) ([]byte, []
 		return nil, nil, fmt.Errorf("ask the helper: %w", err)
 	}
 	var a answer
-	fds, err := receive(h.conn, &a)
+	fds, err := h.in.receive(h.conn, &a)
 	if errors.Is(err, errCutFiles) {
 		return nil, nil, err // the whole answer was read: the next one will be the next call's
 	}

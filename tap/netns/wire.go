@@ -89,11 +89,17 @@ func send(c *net.UnixConn, v any, files []*os.File) error {
 // errCutFiles: the kernel found no place in our table of descriptors for what came.
 var errCutFiles = fmt.Errorf("no descriptor is free for what the helper sent (raise the limit, ulimit -n): %w", unix.EMFILE)
 
+// A buffer is for one message at a time, and is used again: a helper at rest shall be small.
+type buffer struct{ raw, oob []byte }
+
+func newBuffer() *buffer {
+	return &buffer{make([]byte, maxMessage), make([]byte, unix.CmsgSpace(4*maxFiles))}
+}
+
 // receive reads one message into v, and returns the descriptors beside it, which have close-on-exec.
 // io.EOF means that the other end is gone.
-func receive(c *net.UnixConn, v any) ([]int, error) {
-	raw := make([]byte, maxMessage)
-	oob := make([]byte, unix.CmsgSpace(4*maxFiles))
+func (b *buffer) receive(c *net.UnixConn, v any) ([]int, error) {
+	raw, oob := b.raw, b.oob
 	n, oobn, flags, _, err := c.ReadMsgUnix(raw, oob) // sets close-on-exec on what it gets
 	if err != nil {
 		return nil, err

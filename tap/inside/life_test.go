@@ -1,0 +1,316 @@
+package inside_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"usernet/tap/inside"
+	"usernet/tap/netns"
+	"usernet/tap/taptest"
+)
+
+// has tells whether a line of the namespace begins so.
+func has(lines []string, prefix string) bool {
+	return slices.ContainsFunc(lines, func(l string) bool { return strings.HasPrefix(l, prefix) })
+}
+
+var ourRule = fmt.Sprintf("rule 2 mark %#x", inside.Mark)
+
+func TestCloseRestores(t *testing.T) {
+	for _, owner := range taptest.Owners {
+		for _, sysctl := range []string{"0", "1"} {
+			t.Run(owner.String()+" "+sysctl, func(t *testing.T) {
+				b := newBox(t, owner)
+				b.do(t, "write", sysctl, nil)
+				was := b.look(t)
+				for range 2 {
+					end := b.open(t, inside.Config{IPv6: true})
+					if err := errors.Join(b.Transparent(false), b.Transparent(true)); err != nil {
+						t.Fatal(err)
+					}
+					is := b.look(t)
+					if !has(is, ourRule) || !has(is, "sysctl 1") {
+						t.Fatalf("there is no rule or no sysctl:\n%s", strings.Join(is, "\n"))
+					}
+					for _, line := range was {
+						if !strings.HasPrefix(line, "sysctl") && !slices.Contains(is, line) {
+							t.Errorf("what the container had is gone: %s", line)
+						}
+					}
+					end()
+					b.same(t, was, "after Close")
+				}
+			})
+		}
+	}
+}
+
+// What the container does to it is its own affair, and Close says nothing.
+func TestContainerInterferes(t *testing.T) {
+	b := newBox(t, taptest.OwnerRoot)
+	was := b.look(t)
+	end := b.open(t, inside.Config{IPv6: true})
+	b.do(t, "spoil", struct{}{}, nil)
+	end()
+	b.same(t, was, "after the container removed all, and Close,")
+}
+
+// TestRepair: what the container took away comes back when a connection finds out.
+func TestRepair(t *testing.T) {
+	b := newBox(t, taptest.OwnerRoot)
+	b.open(t, inside.Config{IPv6: true})
+	was := b.look(t)
+	b.do(t, "spoil", struct{}{}, nil)
+	b.Doubt()
+	waitFor(t, "the routing", func() bool { return slices.Equal(b.look(t), was) })
+	b.testSource(t)
+}
+
+// A namespace whose lo is down is not ready yet.
+func TestLoopbackComesUp(t *testing.T) {
+	space := taptest.NewNS(t, taptest.OwnerRoot)
+	b := &box{ns: openNS(t, space.PID), within: openNS(t, space.PID)}
+	b.open(t, inside.Config{IPv6: true})
+	for _, v6 := range []bool{false, true} {
+		if err := b.Transparent(v6); !errors.Is(err, unix.ENETDOWN) || !strings.Contains(err.Error(), "ip link set lo up") {
+			t.Errorf("with lo down: %v", err)
+		}
+	}
+	if _, err := b.Socket(t.Context(), inside.Kind{Transparent: true}); !errors.Is(err, unix.ENETDOWN) {
+		t.Errorf("a socket with lo down: %v", err)
+	}
+	b.do(t, "furnish", struct{}{}, nil)
+	b.Doubt()
+	waitFor(t, "the routing", func() bool { return b.Transparent(false) == nil && b.Transparent(true) == nil })
+	b.testSource(t)
+}
+
+func TestWithoutIPv6(t *testing.T) {
+	b := newBox(t, taptest.OwnerRoot)
+	b.open(t, inside.Config{})
+	if b.Transparent(false) != nil || b.Transparent(true) == nil {
+		t.Errorf("%v, %v", b.Transparent(false), b.Transparent(true))
+	}
+	if has(b.look(t), fmt.Sprintf("rule 10 mark %#x", inside.Mark)) {
+		t.Error("there is a rule for IPv6 all the same")
+	}
+}
+
+// victimEnv makes the test binary a usernet with a Kit in the process's namespace, which says who its helper is
+// and is killed.
+const victimEnv = "USERNET_TEST_VICTIM"
+
+func victim(pid string) int {
+	n, _ := strconv.Atoi(pid)
+	ns, err := netns.Open(netns.Config{PID: n, Helper: true})
+	if err == nil {
+		_, err = inside.Open(context.Background(), ns, inside.Config{IPv6: true})
+	}
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	children, _ := filepath.Glob("/proc/self/task/*/children")
+	for _, name := range children {
+		text, _ := os.ReadFile(name)
+		for _, f := range strings.Fields(string(text)) {
+			fmt.Println(f)
+		}
+	}
+	select {}
+}
+
+// startVictim returns it and its helper.
+func startVictim(t *testing.T, pid int) (cmd *exec.Cmd, helper *os.Process) {
+	t.Helper()
+	cmd = exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), victimEnv+"="+strconv.Itoa(pid))
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(out).ReadString('\n')
+	child, convErr := strconv.Atoi(strings.TrimSpace(line))
+	if convErr == nil {
+		helper, err = os.FindProcess(child)
+	}
+	if convErr != nil || err != nil {
+		cmd.Process.Kill()
+		cmd.Wait()
+		t.Fatalf("the victim says %q: %v, %v", line, convErr, err)
+	}
+	return cmd, helper
+}
+
+// gone waits until a process that is not our child has ended.
+func gone(t *testing.T, pid int) {
+	t.Helper()
+	fd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 20_000)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if n != 1 || err != nil {
+			t.Fatalf("process %d does not end: %v", pid, err)
+		}
+		return
+	}
+}
+
+func TestKilledParent(t *testing.T) {
+	for _, owner := range taptest.Owners {
+		t.Run(owner.String(), func(t *testing.T) {
+			space := taptest.NewNS(t, owner)
+			b := boxOf(t, space.PID)
+			was := b.look(t)
+			cmd, helper := startVictim(t, space.PID)
+			if !has(b.look(t), ourRule) {
+				t.Error("the victim has set nothing up")
+			}
+			cmd.Process.Kill()
+			cmd.Wait()
+			gone(t, helper.Pid)
+			helper.Release()
+			b.same(t, was, "after the parent was killed")
+		})
+	}
+}
+
+// Where the helper is killed too, all is left as it was, and the next one knows what the sysctl was before.
+func TestKilledBoth(t *testing.T) {
+	for _, sysctl := range []string{"0", "1"} {
+		space := taptest.NewNS(t, taptest.OwnerRoot)
+		b := boxOf(t, space.PID)
+		b.do(t, "write", sysctl, nil)
+		was := b.look(t)
+		cmd, helper := startVictim(t, space.PID)
+		if err := helper.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		gone(t, helper.Pid)
+		helper.Release()
+		cmd.Process.Kill()
+		cmd.Wait()
+		left := b.look(t)
+		if !has(left, ourRule) || !has(left, "sysctl 1") {
+			t.Fatalf("nothing is left:\n%s", strings.Join(left, "\n"))
+		}
+		end := b.open(t, inside.Config{IPv6: true})
+		b.same(t, left, "adopted,")
+		b.testSource(t)
+		end()
+		b.same(t, was, "after the next one's Close")
+	}
+}
+
+// A usernet that starts while the helper of one that was killed still undoes its work waits for that.
+func TestTakesTurns(t *testing.T) {
+	space := taptest.NewNS(t, taptest.OwnerRoot)
+	b := boxOf(t, space.PID)
+	cmd, helper := startVictim(t, space.PID)
+	defer helper.Release()
+	if err := helper.Signal(unix.SIGSTOP); err != nil { // it is slow to end
+		t.Fatal(err)
+	}
+	cmd.Process.Kill()
+	cmd.Wait()
+	opened := make(chan struct{})
+	go func() {
+		defer close(opened)
+		b.open(t, inside.Config{IPv6: true})
+	}()
+	// The other one is in its turn for as long as it is stopped; it goes on when the new one asks for its turn.
+	waitFor(t, "a connection to the helper's socket", func() bool {
+		return strings.Count(read(t, fmt.Sprintf("/proc/%d/net/unix", space.PID)), "@usernet-inside") > 1
+	})
+	if err := helper.Signal(unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	<-opened
+	gone(t, helper.Pid)
+	if is := b.look(t); !has(is, ourRule) || !has(is, "sysctl 1") {
+		t.Errorf("the old helper undid what the new one did:\n%s", strings.Join(is, "\n"))
+	}
+}
+
+// Somebody in the container may hold the name for ever.
+func TestSquatter(t *testing.T) {
+	b := newBox(t, taptest.OwnerRoot)
+	defer b.do(t, "squat", struct{}{}, nil)[0].Close()
+	was := b.look(t)
+	end := b.open(t, inside.Config{IPv6: true})
+	b.testSource(t)
+	end()
+	b.same(t, was, "after Close")
+}
+
+func TestHelperDies(t *testing.T) {
+	b := newBox(t, taptest.OwnerRoot)
+	b.open(t, inside.Config{IPv6: true, Batch: 1})
+	fd, err := b.Socket(t.Context(), inside.Kind{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(fd)
+	was := b.look(t)
+	// What a stuck helper gets: it ends, and undoes its work.
+	if err := b.ns.Rest(); err != nil {
+		t.Fatal(err)
+	}
+	if has(b.look(t), ourRule) {
+		t.Fatal("a helper that ended left its rule")
+	}
+	// Here another can be started, and sets all up again.
+	b.Doubt()
+	waitFor(t, "the routing", func() bool { return slices.Equal(b.look(t), was) })
+	b.testSource(t)
+}
+
+func read(t *testing.T, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func waitFor(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	deadline := time.NewTimer(20 * time.Second)
+	defer deadline.Stop()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for !is() {
+		select {
+		case <-tick.C:
+		case <-deadline.C:
+			t.Fatalf("%s did not come", what)
+		}
+	}
+}
+
