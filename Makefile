@@ -36,7 +36,7 @@ fuzz: ## each fuzz target for FUZZTIME (30s)
 	@FUZZTIME=$(FUZZTIME) .ci/test fuzz
 
 bench: build ## usernet beside slirp4netns, pasta and rootlesskit: half an hour; BENCHFLAGS=-help
-	@bench/setup
+	@GO=$(GO) bench/setup
 	@$(GOBUILD) -o bin/bench ./bench
 	@bin/bench $(BENCHFLAGS)
 

@@ -49,6 +49,7 @@ var operations = map[string]operation{
 	"udp-hold": op(opUDPHold),
 	"udp-send": op(opUDPSend),
 	"udp-recv": op(opUDPRecv),
+	"seen":     op(opSeen),
 }
 
 // serveAgent does what in tells, each on a goroutine of its own, until in ends.

@@ -29,9 +29,16 @@ var (
 	kibConn   = metric{"KiB/conn", false}
 	kibFlow   = metric{"KiB/flow", false}
 	readyMS   = metric{"ready-ms", false}
+	// sourceKept is 1 where the server of a published port saw the client's own address and port, else 0.
+	sourceKept  = metric{"source-kept", true}
+	addSeconds  = metric{"add-s", false}
+	listSeconds = metric{"list-s", false}
+	bothSeconds = metric{"add+list-s", false}
+	kibPort     = metric{"KiB/port", false}
 )
 
-var allMetrics = []metric{gbits, cpuGiB, perSecond, p50, p99, cpuOp, lossPart, idleMiB, kibConn, kibFlow, readyMS}
+var allMetrics = []metric{gbits, cpuGiB, perSecond, p50, p99, cpuOp, lossPart, sourceKept, idleMiB, kibConn, kibFlow, readyMS,
+	addSeconds, listSeconds, bothSeconds, kibPort}
 
 // An axis is something measured of a contender. NaN is a value that a contender does not have.
 type axis struct {
@@ -39,7 +46,10 @@ type axis struct {
 	route       route
 	everyMTU    bool // else the first MTU's figure serves
 	quick       bool
-	fresh       bool // each sample with a new instance; limits have none and are left out
+	fresh       bool          // each sample with a new instance; limits have none and are left out
+	many        bool          // ports are published in the measurement, not before; at the start by those that cannot else
+	part        time.Duration // a load lasts the duration divided by this
+	proto       string        // of a published port's client: tcp, udp, or neither
 	metrics     []metric
 	measure     func(ctx context.Context, c *contender, d time.Duration) (map[string]float64, error)
 }
@@ -65,29 +75,39 @@ var axes = func() []*axis {
 	}
 	for _, way := range []string{"out", "in"} {
 		for _, size := range []int{64, 1400} {
-			all = append(all, udpAxis("udp", way, size, 0))
+			all = append(all, udpAxis("udp", outbound, way, size, 0))
 		}
 	}
 	for _, way := range []string{"out", "in"} {
 		for _, size := range []int{64, 1400} {
-			all = append(all, udpAxis("udp-steady", way, size, steadyRate))
+			all = append(all, udpAxis("udp-steady", outbound, way, size, steadyRate))
 		}
 	}
 	for _, r := range []route{fromHost, fromAround} {
 		where := map[route]string{fromHost: "pub-lo-", fromAround: "pub-net-"}[r]
 		all = append(all,
 			tcpAxis(where+"in-1", r, 1, false, false),
-			tcpAxis(where+"in-8", r, 8, false, false),
 			tcpAxis(where+"out-1", r, 1, true, false),
-			rrAxis(where+"rr", r, false),
-			rrAxis(where+"crr", r, false))
+			tcpAxis(where+"in-8", r, 8, false, false),
+			tcpAxis(where+"out-8", r, 8, true, false),
+			rrAxis(where+"rr", r, true),
+			rrAxis(where+"crr", r, true),
+			rrAxis(where+"udp-rr", r, false))
+		for _, way := range []string{"in", "out"} {
+			if r == fromAround {
+				all = append(all, udpAxis(where+"udp", r, way, 64, 0))
+			}
+			all = append(all, udpAxis(where+"udp", r, way, 1400, 0))
+		}
 	}
 	return append(all,
-		&axis{name: "rss-tcp", title: fmt.Sprintf("memory idle, and more for each of %d idle TCP connections", idleConns), fresh: true, quick: true,
+		&axis{name: "pub-many", title: fmt.Sprintf("%d ports published one after the other while it runs, and listed (pasta: at its start; one sample where it takes over 5 s)", manyPorts), route: fromHost, fresh: true, many: true, part: 1,
+			metrics: []metric{addSeconds, listSeconds, bothSeconds, kibPort}, measure: measureMany},
+		&axis{name: "rss-tcp", title: fmt.Sprintf("memory idle, and more for each of %d idle TCP connections", idleConns), fresh: true, quick: true, part: 1,
 			metrics: []metric{idleMiB, kibConn}, measure: measureMemory("tcp-hold", idleConns, kibConn)},
-		&axis{name: "rss-udp", title: fmt.Sprintf("memory for each of %d UDP flows", idleFlows), fresh: true, quick: true,
+		&axis{name: "rss-udp", title: fmt.Sprintf("memory for each of %d UDP flows", idleFlows), fresh: true, quick: true, part: 1,
 			metrics: []metric{idleMiB, kibFlow}, measure: measureMemory("udp-hold", idleFlows, kibFlow)},
-		&axis{name: "startup", title: "from exec until it says that it is ready", fresh: true, quick: true,
+		&axis{name: "startup", title: "from exec until it says that it is ready", fresh: true, quick: true, part: 1,
 			metrics: []metric{readyMS}, measure: measureStartup},
 	)
 }()
@@ -113,9 +133,13 @@ func tcpAxis(name string, r route, streams int, reverse, everyMTU bool) *axis {
 	if reverse == (r == outbound) {
 		way = "in"
 	}
-	return &axis{
+	part := time.Duration(1)
+	if r != outbound {
+		part = 2
+	}
+	return published("tcp", &axis{
 		name: name, title: fmt.Sprintf("TCP %s, %d streams%s", way, streams, r),
-		route: r, everyMTU: everyMTU, quick: everyMTU && streams == 1,
+		route: r, everyMTU: everyMTU, quick: streams == 1 && (everyMTU || !reverse), part: part,
 		metrics: []metric{gbits, cpuGiB},
 		measure: func(ctx context.Context, c *contender, d time.Duration) (map[string]float64, error) {
 			var t transfer
@@ -128,20 +152,41 @@ func tcpAxis(name string, r route, streams int, reverse, everyMTU bool) *axis {
 			}
 			return map[string]float64{gbits.unit: t.bitsPerSecond() / 1e9, cpuGiB.unit: cpu / (t.Octets / (1 << 30))}, nil
 		},
-	}
+	})
 }
 
-// rrAxis is round trips; a name that ends in crr makes a connection for each, and one that begins with udp is UDP.
+// published adds to an axis of a published port whether the client's address arrives: it is asked before each sample.
+func published(proto string, a *axis) *axis {
+	if a.route == outbound {
+		return a
+	}
+	a.proto, a.metrics = proto, append(a.metrics, sourceKept)
+	measure := a.measure
+	a.measure = func(ctx context.Context, c *contender, d time.Duration) (map[string]float64, error) {
+		kept, err := c.keeps(ctx, proto)
+		if err != nil {
+			return nil, err
+		}
+		values, err := measure(ctx, c, d)
+		if err == nil {
+			values[sourceKept.unit] = kept
+		}
+		return values, err
+	}
+	return a
+}
+
+// rrAxis is round trips; a name that ends in crr makes a connection for each, and one that has udp in it is UDP.
 func rrAxis(name string, r route, quick bool) *axis {
-	op, title := "tcp-rr", "TCP request and response, one octet each"
+	proto, op, title := "tcp", "tcp-rr", "TCP request and response, one octet each"
 	switch {
 	case strings.HasSuffix(name, "crr"):
 		op, title = "tcp-crr", "TCP connect, request, response, close"
-	case strings.HasPrefix(name, "udp"):
-		op, title = "udp-rr", "UDP request and response, one octet each"
+	case strings.Contains(name, "udp"):
+		proto, op, title = "udp", "udp-rr", "UDP request and response, one octet each"
 	}
-	return &axis{
-		name: name, title: title + r.String(), route: r, quick: quick,
+	return published(proto, &axis{
+		name: name, title: title + r.String(), route: r, quick: quick, part: 2,
 		metrics: []metric{perSecond, p50, p99, cpuOp},
 		measure: func(ctx context.Context, c *contender, d time.Duration) (map[string]float64, error) {
 			var ports []uint16
@@ -164,56 +209,57 @@ func rrAxis(name string, r route, quick bool) *axis {
 				cpuOp.unit: cpu * 1e6 / float64(rr.Count),
 			}, nil
 		},
-	}
+	})
 }
 
 // udpAxis is a flood from one socket to another, at a rate or as fast as the sender can.
-func udpAxis(kind, way string, size, rate int) *axis {
+func udpAxis(kind string, r route, way string, size, rate int) *axis {
 	title := fmt.Sprintf("UDP %s, %d octets, as fast as the sender can", way, size)
 	if rate > 0 {
 		title = fmt.Sprintf("UDP %s, %d octets, %d a second: what is lost", way, size, rate)
 	}
-	return &axis{
-		name: fmt.Sprintf("%s-%s-%d", kind, way, size), title: title, quick: rate == 0 && size == 1400,
+	return published("udp", &axis{
+		name: fmt.Sprintf("%s-%s-%d", kind, way, size), title: title + r.String(), route: r, part: 4,
+		quick:   r == outbound && rate == 0 && size == 1400,
 		metrics: []metric{perSecond, gbits, lossPart, cpuOp},
 		measure: func(ctx context.Context, c *contender, d time.Duration) (map[string]float64, error) {
 			base := floodParams{Run: rand.Uint64(), Size: size, Duration: d, Rate: rate}
-			inside, beyond := base, base
-			inside.To, beyond.Listen = netip.AddrPortFrom(c.addr, floodPort), floodPort
+			near, far := base, base
+			near.To, far.Listen = netip.AddrPortFrom(c.addr, c.port(floodPort)), floodPort
 			var s sent
-			var r received
+			var got received
 			cpu, err := spent(c, func() error {
 				// The one that listens begins.
 				first, second := c.server.start, c.client.start
 				firstOp, secondOp := "udp-recv", "udp-send"
-				var firstResult, secondResult any = &r, &s
-				if way == "in" {
+				var firstResult, secondResult any = &got, &s
+				if (way == "in") == (r == outbound) {
 					firstOp, secondOp = secondOp, firstOp
 					firstResult, secondResult = secondResult, firstResult
 				}
-				one := first(firstOp, beyond)
+				one := first(firstOp, far)
 				if err := one.waitReady(ctx); err != nil {
 					return err
 				}
-				two := second(secondOp, inside)
+				two := second(secondOp, near)
 				return errors.Join(two.wait(ctx, secondResult), one.wait(ctx, firstResult))
 			})
 			if err != nil {
 				return nil, err
 			}
-			if r.Count < 2 || s.Count == 0 {
-				return nil, fmt.Errorf("%d datagrams sent, %d arrived", s.Count, r.Count)
+			if got.Count < 2 || s.Count == 0 {
+				return nil, fmt.Errorf("%d datagrams sent, %d arrived", s.Count, got.Count)
 			}
 			// A peer that hands on in lumps may deliver all at once: then the sender's time says more.
-			seconds := max(r.Seconds, s.Seconds)
+			seconds := max(got.Seconds, s.Seconds)
 			return map[string]float64{
-				perSecond.unit: float64(r.Count) / seconds,
-				gbits.unit:     float64(r.Octets) * 8 / seconds / 1e9,
-				lossPart.unit:  100 * max(0, 1-float64(r.Count)/float64(s.Count)),
-				cpuOp.unit:     cpu * 1e6 / float64(r.Count),
+				perSecond.unit: float64(got.Count) / seconds,
+				gbits.unit:     float64(got.Octets) * 8 / seconds / 1e9,
+				lossPart.unit:  100 * max(0, 1-float64(got.Count)/float64(s.Count)),
+				cpuOp.unit:     cpu * 1e6 / float64(got.Count),
 			}, nil
 		},
-	}
+	})
 }
 
 // measureMemory reads a peer's memory before and while conversations are open.

@@ -13,6 +13,7 @@ type contender struct {
 	shift          uint16     // by ports that are so much higher
 	account        account
 	instance       *instance // nil of a limit
+	manage         func(socket string) portAPI
 }
 
 // A route is where the two ends of an axis are.
@@ -67,7 +68,7 @@ func (c *contender) port(p uint16) uint16 { return p + c.shift }
 
 // contender is a peer's turn.
 func (in *instance) contender(l *lab, p *peer, r route) *contender {
-	c := &contender{name: p.name, account: in.account, instance: in}
+	c := &contender{name: p.name, account: in.account, instance: in, manage: p.manage}
 	if r != outbound {
 		c.shift = p.shift
 	}

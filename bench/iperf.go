@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -49,20 +50,34 @@ func opIperfServer(ctx context.Context, p iperfParams, ready func(), release <-c
 }
 
 // listens tells whether a TCP socket of this namespace listens on port.
-func listens(port uint16) bool {
+func listens(port uint16) (found bool) {
+	err := listeners(func(p uint16) { found = found || p == port })
+	return err == nil && found
+}
+
+// listeners calls f for the port of each TCP socket of this namespace that listens.
+func listeners(f func(port uint16)) error {
 	for _, name := range []string{"/proc/self/net/tcp", "/proc/self/net/tcp6"} {
 		text, err := os.ReadFile(name)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // a kernel without IPv6
+		}
 		if err != nil {
-			continue
+			return err
 		}
 		for line := range strings.Lines(string(text)) {
-			f := strings.Fields(line)
-			if len(f) > 3 && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", port)) && f[3] == "0A" {
-				return true
+			const listen = "0A"
+			if fields := strings.Fields(line); len(fields) > 3 && fields[3] == listen {
+				_, hex, _ := strings.Cut(fields[1], ":")
+				port, err := strconv.ParseUint(hex, 16, 16)
+				if err != nil {
+					return fmt.Errorf("%s: %w", name, err)
+				}
+				f(uint16(port))
 			}
 		}
 	}
-	return false
+	return nil
 }
 
 // transfer is what an iperf3 test of TCP moved.

@@ -26,7 +26,7 @@ const (
 
 	containArg = "contain" // bench as what makes a container: not for people
 	// portRange leaves short connections enough source ports for the samples of a minute, and the servers' ports alone.
-	portRange = "16384 65535"
+	portRange = "24576 65535"
 )
 
 // A lab is the namespaces, and the agents in host and outside.
@@ -42,6 +42,7 @@ type lab struct {
 	outsideEnded  chan struct{}
 	home          *exec.Cmd // without the machine's root: the process that holds home's user namespace
 	rootlesskit   error     // why there is none
+	rootlesskit3  string    // a copy of what setup has built, or empty
 }
 
 // newLab makes the lab in the namespaces that this process is in. usernet is the binary to copy; it may be missing.
@@ -115,6 +116,9 @@ func (l *lab) ownFiles(usernet string) error {
 		l.usernet = filepath.Join(l.scratch, "usernet")
 	} else if !errors.Is(err, os.ErrNotExist) {
 		return err
+	}
+	if built := filepath.Join(l.scratch, "rootlesskit3"); copyFile(filepath.Join(filepath.Dir(usernet), "rootlesskit3"), built, 0o755) == nil {
+		l.rootlesskit3 = built
 	}
 	if err := os.Mkdir(filepath.Join(l.scratch, "home"), 0o700); err != nil {
 		return err

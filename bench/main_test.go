@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -67,6 +68,9 @@ func labArgs(t *testing.T, out, only, duration string) []string {
 	peers := "loopback,veth"
 	if bin := os.Getenv("USERNET_BIN"); bin != "" {
 		args, peers = append(args, "-usernet", bin), peers+",usernet"
+		if usernetPublishes(&lab{usernet: bin}) {
+			peers += ",usernet-stack"
+		}
 	}
 	if installed("slirp4netns", "slirp4netns")(nil) == nil {
 		peers += ",slirp4netns"
@@ -75,8 +79,24 @@ func labArgs(t *testing.T, out, only, duration string) []string {
 	return append(args, "-peers", peers)
 }
 
-// What is below this process before and after is the same, and the scratch directory is gone.
-func nothingLeft(t *testing.T) {
+// nothingLeft is what to call in the end: what is below this process before and after is the same, the scratch directory is gone, and
+// the congestion controls that are allowed are those that were.
+func nothingLeft(t *testing.T) func() {
+	t.Helper()
+	before, err := os.ReadFile(allowedCC)
+	if err != nil {
+		t.Logf("%v: whether it is put back is not known", err)
+	}
+	return func() {
+		t.Helper()
+		if after, _ := os.ReadFile(allowedCC); string(after) != string(before) {
+			t.Errorf("%s was %q and is %q", allowedCC, before, after)
+		}
+		noneLeft(t)
+	}
+}
+
+func noneLeft(t *testing.T) {
 	t.Helper()
 	children, err := childrenOf(os.Getpid())
 	if err != nil || len(children) > 0 {
@@ -91,12 +111,16 @@ func nothingLeft(t *testing.T) {
 func TestLab(t *testing.T) {
 	needNamespaces(t)
 	t.Setenv("TMPDIR", openTemp(t))
+	check := nothingLeft(t)
 	out := t.TempDir()
-	args := labArgs(t, out, "^(tcp-rr|tcp-crr|udp-rr|udp-out-64|udp-steady-in-1400|startup)$", "50ms")
+	plain := []string{"tcp-rr", "tcp-crr", "udp-rr", "udp-out-64", "udp-steady-in-1400", "startup"}
+	streams := []string{"pub-lo-rr", "pub-net-crr"}
+	datagrams := []string{"pub-lo-udp-rr", "pub-net-udp-in-1400", "pub-net-udp-out-64"}
+	args := labArgs(t, out, "^("+strings.Join(slices.Concat(plain, streams, datagrams), "|")+")$", "50ms")
 	if err := outer(context.Background(), args); err != nil {
 		t.Fatal(err)
 	}
-	nothingLeft(t)
+	check()
 	text, err := os.ReadFile(filepath.Join(out, "results.json"))
 	if err != nil {
 		t.Fatal(err)
@@ -107,8 +131,18 @@ func TestLab(t *testing.T) {
 	}
 	contenders := strings.Split(args[len(args)-1], ",")
 	for _, c := range contenders {
-		for _, a := range []string{"tcp-rr", "tcp-crr", "udp-rr", "udp-out-64", "udp-steady-in-1400", "startup"} {
-			if a == "startup" && isLimit(c) {
+		published := append(streams, datagrams...)
+		wanted := append(plain, published...)
+		switch c {
+		case "usernet":
+			if !slices.Contains(contenders, "usernet-stack") {
+				wanted = plain // it has none
+			}
+		case "usernet-stack":
+			wanted = streams
+		}
+		for _, a := range wanted {
+			if isLimit(c) && (a == "startup" || slices.Contains(published, a) && !takesPart(c, axisNamed(a))) {
 				continue
 			}
 			row := r.find(a, 1500, c)
@@ -123,7 +157,16 @@ func TestLab(t *testing.T) {
 			}
 		}
 	}
-	for _, name := range []string{"results.txt", "results.md", "roundtrips.svg", "udp.svg"} {
+	// From outside the client's address arrives, through usernet by both ways.
+	for _, s := range r.Sightings {
+		if strings.HasPrefix(s.From, "outside, IPv4") && !s.Kept {
+			t.Errorf("%+v", s)
+		}
+	}
+	if want := 2 * len(vantages); slices.Contains(contenders, "slirp4netns") && len(r.Sightings) < want {
+		t.Errorf("%d sightings, wanted at least %d", len(r.Sightings), want)
+	}
+	for _, name := range []string{"results.txt", "results.md", "roundtrips.svg", "udp.svg", "published-roundtrips.svg"} {
 		if info, err := os.Stat(filepath.Join(out, name)); err != nil || info.Size() == 0 {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -134,6 +177,7 @@ func TestLab(t *testing.T) {
 func TestInterrupt(t *testing.T) {
 	needNamespaces(t)
 	t.Setenv("TMPDIR", openTemp(t))
+	check := nothingLeft(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	ended := make(chan error)
@@ -158,7 +202,7 @@ func TestInterrupt(t *testing.T) {
 	if err := <-ended; !errors.As(err, &exit) {
 		t.Errorf("an interrupted run ends with %v", err)
 	}
-	nothingLeft(t)
+	check()
 }
 
 // openTemp is a directory that the user of the peers reaches.

@@ -14,8 +14,12 @@ func (r *report) markdown() string {
 	r.conditions(&b)
 	r.verdicts(&b)
 	for _, mtu := range r.MTUs {
-		r.table(&b, mtu)
+		r.table(&b, fmt.Sprintf("MTU %d", mtu), mtu, func(a *axis) bool { return a.route == outbound })
 	}
+	for _, mtu := range r.MTUs {
+		r.table(&b, fmt.Sprintf("Published ports, MTU %d", mtu), mtu, func(a *axis) bool { return a.route != outbound })
+	}
+	r.sources(&b)
 	r.troubles(&b)
 	return b.String()
 }
@@ -32,9 +36,9 @@ func (r *report) conditions(b *strings.Builder) {
 		fmt.Fprintf(b, " (%s)", r.CongestionNote)
 	}
 	fmt.Fprintf(b, "\n- Peers and containers are run by %s.\n", r.Home)
-	fmt.Fprintf(b, "- Medians of %d samples of %s, in turns; in parentheses min and max. Bulk TCP by iperf3, in whole seconds; the rest by bench's own clients "+
-		"and servers (UDP by sendmmsg of %d and recvmmsg of %d, without UDP_SEGMENT).\n", r.Samples, r.Duration, sendBatch, recvBatch)
-	fmt.Fprintf(b, "- CPU is the network process's, user and system, from /proc/PID/stat with all threads and children; memory is VmRSS.\n")
+	fmt.Fprintf(b, "- Medians of %d samples of %s (round trips half of it, floods a quarter), in turns; in parentheses min and max. Bulk TCP by iperf3, in whole seconds; "+
+		"the rest by bench's own clients and servers (UDP by sendmmsg of %d and recvmmsg of %d, without UDP_SEGMENT).\n", r.Samples, r.Duration, sendBatch, recvBatch)
+	fmt.Fprintf(b, "- CPU is the network process's, user and system, from /proc/PID/stat with all threads and helper processes; memory is VmRSS, summed over the same.\n")
 	fmt.Fprintf(b, "- Other processes used %.1f %% of the machine's CPU before; %s\n", 100*r.ForeignBefore, r.disturbed())
 	for _, s := range r.LeftOut {
 		fmt.Fprintf(b, "- Left out: %s\n", s)
@@ -72,37 +76,40 @@ func (r *report) verdicts(b *strings.Builder) {
 			met++
 		}
 	}
-	fmt.Fprintf(b, "## Targets: %d of %d met\n\n| target | measured | beside its best sample | |\n|---|---|---|---|\n", met, len(r.Targets))
+	fmt.Fprintf(b, "## Targets: %d of %d met\n\n| target | measured | beside its best sample | | raised to |\n|---|---|---|---|---|\n", met, len(r.Targets))
 	for _, v := range r.Targets {
-		word := "**missed**"
-		switch {
-		case v.Raise:
-			word = "met, easily: raise it"
-		case v.Met:
+		word, raised := "**missed**", ""
+		if v.Met {
 			word = "met"
 		}
-		fmt.Fprintf(b, "| %s | %s | %s | %s |\n", v.Target, short(v.Value), short(v.Strict), word)
+		if v.Raise != 0 {
+			raised = short(v.Raise)
+		}
+		fmt.Fprintf(b, "| %s | %s | %s | %s | %s |\n", v.Target, short(v.Value), short(v.Strict), word, raised)
 	}
 	b.WriteByte('\n')
 }
 
-// columns are the contenders that have something at this MTU.
-func (r *report) columns(mtu int) []string {
+// columns are the contenders that have something at this MTU in the axes that are in.
+func (r *report) columns(mtu int, in func(*axis) bool) []string {
 	var names []string
 	for _, name := range contenderNames() {
-		if slices.ContainsFunc(r.Rows, func(row *row) bool { return row.MTU == mtu && row.Contender == name && len(row.Foreign) > 0 }) {
+		if slices.ContainsFunc(r.Rows, func(row *row) bool {
+			return row.MTU == mtu && row.Contender == name && len(row.Foreign) > 0 && in(axisNamed(row.Axis))
+		}) {
 			names = append(names, name)
 		}
 	}
 	return names
 }
 
-func (r *report) table(b *strings.Builder, mtu int) {
-	columns := r.columns(mtu)
+// table has the axes that are in.
+func (r *report) table(b *strings.Builder, title string, mtu int, in func(*axis) bool) {
+	columns := r.columns(mtu, in)
 	if len(columns) == 0 {
 		return
 	}
-	fmt.Fprintf(b, "## MTU %d\n\n| axis | unit |", mtu)
+	fmt.Fprintf(b, "## %s\n\n| axis | unit |", title)
 	for _, c := range columns {
 		fmt.Fprintf(b, " %s |", c)
 	}
@@ -110,13 +117,16 @@ func (r *report) table(b *strings.Builder, mtu int) {
 	b.WriteString(strings.Repeat("---|", len(columns)+2))
 	b.WriteByte('\n')
 	for _, a := range axes {
+		if !in(a) {
+			continue
+		}
 		for _, m := range a.metrics {
 			cells, any := make([]string, 0, len(columns)), false
 			for _, c := range columns {
 				cell := "–"
 				if row := r.find(a.name, mtu, c); row != nil && row.Figures[m.unit] != nil {
 					f := row.Figures[m.unit]
-					cell = fmt.Sprintf("%s (%s–%s)", short(f.Median), short(f.Min), short(f.Max))
+					cell = m.cell(f)
 					any = true
 				}
 				cells = append(cells, cell)
@@ -126,17 +136,72 @@ func (r *report) table(b *strings.Builder, mtu int) {
 			}
 			own := r.median(a.name, mtu, "usernet", m)
 			best, value := r.bestPeer(a.name, mtu, m)
+			if m == sourceKept {
+				own = math.NaN() // yes or no is no ratio
+			}
 			fmt.Fprintf(b, "| %s | %s | %s | %s | %s |\n", a.name, m.unit, strings.Join(cells, " | "),
 				times(ratio(own, value), " "+best), times(ratio(own, r.limit(a.name, mtu, m)), ""))
 		}
 	}
 	b.WriteString("\nThe limit is veth, and of what does not cross it loopback. The axes:\n\n")
 	for _, a := range axes {
-		if slices.ContainsFunc(r.Rows, func(row *row) bool { return row.MTU == mtu && row.Axis == a.name }) {
+		if in(a) && slices.ContainsFunc(r.Rows, func(row *row) bool { return row.MTU == mtu && row.Axis == a.name }) {
 			fmt.Fprintf(b, "- %s: %s\n", a.name, a.title)
 		}
 	}
 	b.WriteByte('\n')
+}
+
+// cell is a figure in a table.
+func (m metric) cell(f *figure) string {
+	if m != sourceKept {
+		return fmt.Sprintf("%s (%s–%s)", short(f.Median), short(f.Min), short(f.Max))
+	}
+	switch {
+	case f.Min == 1:
+		return "yes"
+	case f.Max == 0:
+		return "no"
+	}
+	return "not always"
+}
+
+// sources is whom a server in the container sees.
+func (r *report) sources(b *strings.Builder) {
+	var names []string
+	seen := map[[3]string]sighting{}
+	for _, s := range r.Sightings {
+		seen[[3]string{s.Proto, s.From, s.Contender}] = s
+		if !slices.Contains(names, s.Contender) {
+			names = append(names, s.Contender)
+		}
+	}
+	if len(names) == 0 {
+		return
+	}
+	fmt.Fprintf(b, "## The address that a published port's server sees\n\n| client | %s |\n|---|%s\n", strings.Join(names, " | "), strings.Repeat("---|", len(names)))
+	for _, proto := range []string{"tcp", "udp"} {
+		for _, v := range vantages {
+			cells := make([]string, len(names))
+			for i, name := range names {
+				s, asked := seen[[3]string{proto, v.name, name}]
+				switch {
+				case !asked:
+					cells[i] = "–"
+				case s.Seen == "":
+					cells[i] = "no connection"
+				case s.Kept:
+					cells[i] = "its own"
+				case s.Seen == s.Client:
+					cells[i] = "its own, another port"
+				default:
+					cells[i] = s.Seen
+				}
+			}
+			fmt.Fprintf(b, "| %s, %s | %s |\n", strings.ToUpper(proto), v.name, strings.Join(cells, " | "))
+		}
+	}
+	b.WriteString("\nA client on the host's loopback that keeps its address is one of the container's own loopback to the server.\n\n")
 }
 
 func times(v float64, whose string) string {

@@ -2,11 +2,8 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -21,14 +18,12 @@ import (
 const (
 	iperfPort = 5201
 	floodPort = 7100
+	whoPort   = 7200 // tells a client its address
 	// readyLimit bounds a peer's start.
 	readyLimit = 10 * time.Second
 )
 
 var echoPorts = []uint16{7001, 7002, 7003, 7004, 7005, 7006, 7007, 7008}
-
-// publishedPorts are TCP.
-var publishedPorts = append([]uint16{iperfPort}, echoPorts...)
 
 // A peer gives a container a network.
 type peer struct {
@@ -38,23 +33,15 @@ type peer struct {
 	// publishes tells whether it brings connections into the container, and plain whether it is measured otherwise.
 	publishes func(l *lab) bool
 	plain     bool
+	// streams: only its way of TCP is its own; the rest is measured under another name.
+	streams bool
 	// shift is what is added to the ports of a container to have those of the host that lead there: another for each,
 	// so that they can be published side by side.
 	shift uint16
-	// start gives a new container a network, with the ports published that publish has.
-	start func(ctx context.Context, l *lab, mtu int, publish []forward) (*instance, error)
-}
-
-// A forward leads from a TCP port of every address of the host to one of the container.
-type forward struct{ host, container uint16 }
-
-// forwards are all that a peer publishes.
-func (p *peer) forwards() []forward {
-	var fs []forward
-	for _, port := range publishedPorts {
-		fs = append(fs, forward{port + p.shift, port})
-	}
-	return fs
+	// start gives a new container a network, with the ports published that publish has. Where publish is not nil, ports
+	// can be published later too, by what manage makes of the instance; a nil manage says that they cannot.
+	start  func(ctx context.Context, l *lab, mtu int, publish []forward) (*instance, error)
+	manage func(socket string) portAPI
 }
 
 // An instance is a peer that serves a container.
@@ -62,6 +49,7 @@ type instance struct {
 	container *agent
 	account   account
 	ready     time.Duration // from its start until it said so
+	socket    string        // for publishing, or empty
 	stop      func()
 }
 
@@ -76,11 +64,27 @@ var peers = []*peer{
 			}
 			return nil
 		},
-		version:   func(l *lab) string { return firstLine(l.usernet, "version") },
-		publishes: func(l *lab) bool { return strings.Contains(output(l.usernet, "--help"), "--publish") },
+		version:   usernetVersion,
+		publishes: usernetPublishes,
 		plain:     true,
 		shift:     1000,
-		start:     startUsernet,
+		start:     startUsernet("usernet", "kernel"),
+		manage:    restAPI,
+	},
+	{
+		name: "usernet-stack",
+		present: func(l *lab) error {
+			if l.usernet == "" || !usernetPublishes(l) {
+				return errors.New("no binary that publishes ports (make build)")
+			}
+			return nil
+		},
+		version:   func(l *lab) string { return usernetVersion(l) + ", published ports by way of the stack" },
+		publishes: usernetPublishes,
+		streams:   true,
+		shift:     5000,
+		start:     startUsernet("usernet-stack", "stack"),
+		manage:    restAPI,
 	},
 	{
 		name:      "slirp4netns",
@@ -90,6 +94,7 @@ var peers = []*peer{
 		plain:     true,
 		shift:     2000,
 		start:     startSlirp,
+		manage:    slirpAPI,
 	},
 	{
 		name:      "pasta",
@@ -101,15 +106,32 @@ var peers = []*peer{
 		start:     startPasta,
 	},
 	{
-		name:    "rootlesskit",
-		present: rootlesskitPresent,
-		version: func(*lab) string {
-			return firstLine("rootlesskit", "--version") + " with slirp4netns and its builtin port driver"
-		},
+		name:      "rootlesskit",
+		present:   rootlesskitPresent(debianRootlesskit),
+		version:   rootlesskitVersion(debianRootlesskit),
 		publishes: always,
 		shift:     4000,
-		start:     startRootlesskit,
+		start:     startRootlesskit("rootlesskit", debianRootlesskit),
+		manage:    restAPI,
 	},
+	{
+		name:      "rootlesskit3",
+		present:   rootlesskitPresent(builtRootlesskit),
+		version:   rootlesskitVersion(builtRootlesskit),
+		publishes: always,
+		shift:     6000,
+		start:     startRootlesskit("rootlesskit3", builtRootlesskit),
+		manage:    restAPI,
+	},
+}
+
+// ours tells whether a contender is usernet, by whichever way.
+func ours(name string) bool { return name == "usernet" || name == "usernet-stack" }
+
+func usernetVersion(l *lab) string { return firstLine(l.usernet, "version") }
+
+func usernetPublishes(l *lab) bool {
+	return strings.Contains(output(l.usernet, "--help"), "--port-path")
 }
 
 func installed(program, debian string) func(*lab) error {
@@ -147,12 +169,24 @@ func pastaVersion(*lab) string {
 	return v
 }
 
-func startUsernet(ctx context.Context, l *lab, mtu int, publish []forward) (*instance, error) {
-	args := []string{l.usernet, "--mtu", strconv.Itoa(mtu), "--log-level", "warn", "--ready-fd", "3"}
-	for _, f := range publish {
-		args = append(args, "--publish", fmt.Sprintf("%d:%d", f.host, f.container))
+// startUsernet has published ports take the named path and no other, so that it is known what was measured.
+func startUsernet(name, path string) func(context.Context, *lab, int, []forward) (*instance, error) {
+	return func(ctx context.Context, l *lab, mtu int, publish []forward) (*instance, error) {
+		args := []string{l.usernet, "--mtu", strconv.Itoa(mtu), "--log-level", "warn", "--ready-fd", "3"}
+		socket := ""
+		if publish != nil {
+			socket = filepath.Join(l.scratch, "home", name+".sock")
+			args = append(args, "--api-socket", socket, "--port-path", path)
+		}
+		for _, f := range publish {
+			args = append(args, "--publish", fmt.Sprintf("%d:%d/%s", f.host, f.container, f.proto))
+		}
+		in, err := startDaemon(ctx, l, args, fdReady)
+		if err == nil {
+			in.socket = socket
+		}
+		return in, err
 	}
-	return startDaemon(ctx, l, args, fdReady)
 }
 
 func startSlirp(ctx context.Context, l *lab, mtu int, publish []forward) (*instance, error) {
@@ -165,8 +199,11 @@ func startSlirp(ctx context.Context, l *lab, mtu int, publish []forward) (*insta
 	if err != nil {
 		return nil, err
 	}
+	in.socket = socket
+	api := slirpAPI(socket)
+	defer api.close()
 	for _, f := range publish {
-		if err := f.askSlirp(socket); err != nil {
+		if err := api.add(ctx, f); err != nil {
 			in.stop()
 			return nil, err
 		}
@@ -174,44 +211,14 @@ func startSlirp(ctx context.Context, l *lab, mtu int, publish []forward) (*insta
 	return in, nil
 }
 
-// askSlirp publishes by slirp4netns's API: a connection for each request.
-func (f forward) askSlirp(socket string) error {
-	conn, err := net.DialTimeout("unix", socket, giveUp)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(giveUp)); err != nil {
-		return err
-	}
-	request := map[string]any{"execute": "add_hostfwd", "arguments": map[string]any{
-		"proto": "tcp", "host_addr": "0.0.0.0", "host_port": f.host, "guest_port": f.container}}
-	if err := json.NewEncoder(conn).Encode(request); err != nil {
-		return err
-	}
-	answer, err := io.ReadAll(io.LimitReader(conn, 4096))
-	if err == nil && !strings.Contains(string(answer), `"return"`) {
-		err = fmt.Errorf("publish port %d: %s", f.host, answer)
-	}
-	return err
-}
-
 func startPasta(ctx context.Context, l *lab, mtu int, publish []forward) (*instance, error) {
-	ports := "none"
-	if publish != nil {
-		var list []string
-		for _, f := range publish {
-			list = append(list, fmt.Sprintf("%d:%d", f.host, f.container))
-		}
-		ports = strings.Join(list, ",")
-	}
 	pidFile := filepath.Join(l.scratch, "home", "pasta.pid")
 	if err := os.Remove(pidFile); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
 	// The gateway is outside itself, and not a way to the host's loopback.
 	args := []string{"pasta", "--foreground", "--quiet", "--config-net", "--no-map-gw", "--mtu", strconv.Itoa(mtu),
-		"-t", ports, "-u", "none", "-T", "none", "-U", "none", "--pid", pidFile}
+		"-t", pastaPorts(publish, "tcp"), "-u", pastaPorts(publish, "udp"), "-T", "none", "-U", "none", "--pid", pidFile}
 	// It writes the file when it is set up.
 	return startDaemon(ctx, l, args, func(_ *os.File, ended <-chan struct{}) error {
 		for end := time.Now().Add(readyLimit); time.Now().Before(end); {
@@ -226,6 +233,26 @@ func startPasta(ctx context.Context, l *lab, mtu int, publish []forward) (*insta
 		}
 		return errors.New("its PID file did not appear")
 	})
+}
+
+// pastaPorts is the value of -t or -u. Of 10 000 ports in a row a list would be too long for a command line: a range
+// is one word.
+func pastaPorts(publish []forward, proto string) string {
+	var list []string
+	for i := 0; i < len(publish); {
+		f, n := publish[i], 1
+		for i+n < len(publish) && publish[i+n] == (forward{f.proto, f.host + uint16(n), f.container + uint16(n)}) {
+			n++
+		}
+		i += n
+		if f.proto == proto {
+			list = append(list, fmt.Sprintf("%d-%d:%d-%d", f.host, int(f.host)+n-1, f.container, int(f.container)+n-1))
+		}
+	}
+	if list == nil {
+		return "none"
+	}
+	return strings.Join(list, ",")
 }
 
 // fdReady waits for an octet.
@@ -310,5 +337,5 @@ func prepareContainer(ctx context.Context, l *lab, container *agent) error {
 
 // startEcho begins the echo service of an agent, which lasts as long as the agent.
 func startEcho(ctx context.Context, a *agent) error {
-	return a.start("echo", echoParams{TCP: echoPorts, UDP: echoPorts[:1]}).waitReady(ctx)
+	return a.start("echo", echoParams{TCP: echoPorts, UDP: echoPorts[:1], Who: whoPort}).waitReady(ctx)
 }

@@ -31,6 +31,9 @@ func (r *report) charts() []chart {
 	trips := []string{"tcp-rr", "tcp-crr", "udp-rr"}
 	floods := []string{"udp-out-64", "udp-out-1400", "udp-in-64", "udp-in-1400"}
 	steady := []string{"udp-steady-out-64", "udp-steady-out-1400", "udp-steady-in-64", "udp-steady-in-1400"}
+	publishedTrips := []string{"pub-lo-rr", "pub-lo-crr", "pub-lo-udp-rr", "pub-net-rr", "pub-net-crr", "pub-net-udp-rr"}
+	publishedFloods := []string{"pub-lo-udp-in-1400", "pub-lo-udp-out-1400",
+		"pub-net-udp-in-64", "pub-net-udp-in-1400", "pub-net-udp-out-64", "pub-net-udp-out-1400"}
 	return append(cs,
 		chart{"roundtrips", "Round trips and connections", perSecond, 0, trips},
 		chart{"latency-p50", "Latency, median", p50, 0, trips},
@@ -38,8 +41,14 @@ func (r *report) charts() []chart {
 		chart{"udp", "UDP datagrams that arrive", perSecond, 0, floods},
 		chart{"udp-cpu", "CPU of the network process for a datagram", cpuOp, 0, floods},
 		chart{"udp-steady", fmt.Sprintf("UDP loss at %d a second", steadyRate), lossPart, 0, steady},
-		chart{"published", "Published ports", gbits, 0, []string{"pub-lo-in-1", "pub-lo-in-8", "pub-lo-out-1", "pub-net-in-1", "pub-net-in-8", "pub-net-out-1"}},
-		chart{"published-roundtrips", "Published ports: round trips and connections", perSecond, 0, []string{"pub-lo-rr", "pub-lo-crr", "pub-net-rr", "pub-net-crr"}},
+		chart{"published-lo", "Published ports, clients on the host's loopback", gbits, 0, []string{"pub-lo-in-1", "pub-lo-out-1", "pub-lo-in-8", "pub-lo-out-8"}},
+		chart{"published-net", "Published ports, clients from outside", gbits, 0, []string{"pub-net-in-1", "pub-net-out-1", "pub-net-in-8", "pub-net-out-8"}},
+		chart{"published-cpu", "Published ports: CPU of the network process", cpuGiB, 0, []string{"pub-lo-in-1", "pub-lo-out-1", "pub-net-in-1", "pub-net-out-1"}},
+		chart{"published-roundtrips", "Published ports: round trips and connections", perSecond, 0, publishedTrips},
+		chart{"published-p50", "Published ports: latency, median", p50, 0, publishedTrips},
+		chart{"published-p99", "Published ports: latency, 99th percentile", p99, 0, publishedTrips},
+		chart{"published-udp", "Published ports: UDP datagrams that arrive", perSecond, 0, publishedFloods},
+		chart{"published-many", fmt.Sprintf("%d ports published", manyPorts), addSeconds, 0, []string{"pub-many"}},
 		chart{"memory", "Memory when idle", idleMiB, 0, []string{"rss-tcp"}},
 		chart{"memory-conn", "Memory of an idle TCP connection", kibConn, 0, []string{"rss-tcp"}},
 		chart{"memory-flow", "Memory of a UDP flow", kibFlow, 0, []string{"rss-udp"}},

@@ -35,6 +35,7 @@ type report struct {
 	Versions       map[string]string `json:"versions"`
 	LeftOut        []string          `json:"left_out,omitempty"`
 	Rows           []*row            `json:"rows"`
+	Sightings      []sighting        `json:"sightings,omitempty"`
 	Targets        []verdict         `json:"targets,omitempty"`
 }
 
@@ -136,11 +137,11 @@ func (r *report) best(axis string, mtu int, contender string, m metric) float64 
 	return row.Figures[m.unit].Min
 }
 
-// bestPeer is the best median of those that are neither usernet nor a limit, and whose it is.
+// bestPeer is the best median of those that are neither usernet's nor a limit's, and whose it is.
 func (r *report) bestPeer(axis string, mtu int, m metric) (string, float64) {
 	name, best := "", math.NaN()
 	for _, row := range r.Rows {
-		if row.Axis != axis || row.MTU != mtu || row.Contender == "usernet" || isLimit(row.Contender) {
+		if row.Axis != axis || row.MTU != mtu || ours(row.Contender) || isLimit(row.Contender) {
 			continue
 		}
 		v := r.median(axis, mtu, row.Contender, m)
@@ -159,8 +160,27 @@ func (r *report) limit(axis string, mtu int, m metric) float64 {
 	return r.median(axis, mtu, limitLoopback, m)
 }
 
+// compare notes what usernet's figures are beside others'.
+func (r *report) compare() {
+	number := func(v float64) *float64 {
+		if math.IsNaN(v) {
+			return nil
+		}
+		return &v
+	}
+	for _, row := range r.Rows {
+		for _, m := range allMetrics {
+			if f := row.Figures[m.unit]; f != nil && ours(row.Contender) {
+				_, best := r.bestPeer(row.Axis, row.MTU, m)
+				f.ToPeer, f.ToLimit = number(ratio(f.Median, best)), number(ratio(f.Median, r.limit(row.Axis, row.MTU, m)))
+			}
+		}
+	}
+}
+
 // write puts the report into dir in every form.
 func (r *report) write(dir string) error {
+	r.compare()
 	r.Targets = nil
 	for _, t := range targets {
 		if v, ok := t.judge(r); ok {

@@ -33,6 +33,20 @@ func sampleReport() *report {
 	add("udp-steady-in-64", 65520, "usernet", lossPart, 0.25)
 	add("udp-steady-in-64", 65520, "slirp4netns", lossPart, 0)
 	add("rss-tcp", 65520, "usernet", idleMiB, 10)
+	add("pub-lo-in-1", 65520, "pasta", gbits, 17, 16, 15)
+	add("pub-net-in-1", 65520, "usernet", gbits, 24, 25, 23)
+	add("pub-net-in-1", 65520, "usernet", sourceKept, 1, 1, 1)
+	add("pub-net-in-1", 65520, "usernet-stack", gbits, 12)
+	add("pub-net-in-1", 65520, "pasta", gbits, 8)
+	add("pub-net-in-1", 65520, "pasta", sourceKept, 1, 0)
+	add("pub-net-in-1", 65520, "veth", gbits, 48)
+	add("pub-lo-crr", 65520, "usernet", perSecond, 2900)
+	r.Sightings = []sighting{
+		{Contender: "usernet", Proto: "tcp", From: vantages[0].name, Client: outsideAddr, Seen: outsideAddr, Kept: true},
+		{Contender: "pasta", Proto: "tcp", From: vantages[0].name, Client: outsideAddr, Seen: outsideAddr},
+		{Contender: "pasta", Proto: "udp", From: vantages[4].name, Client: "127.0.0.1", Seen: hostAddr},
+		{Contender: "pasta", Proto: "udp", From: vantages[5].name},
+	}
 	slow := r.row(axisNamed("tcp-rr"), 65520, "veth")
 	slow.Errors = append(slow.Errors, "not one round trip:\ntimed out")
 	slow.Repeated = 2
@@ -70,7 +84,7 @@ func TestGoldenReport(t *testing.T) {
 			t.Errorf("%s: %d octets, %v", name, len(text), err)
 		}
 	}
-	if _, err := os.Stat(filepath.Join(dir, "published.svg")); err == nil {
+	if _, err := os.Stat(filepath.Join(dir, "published-udp.svg")); err == nil {
 		t.Error("there is a chart of what was not measured")
 	}
 }
@@ -87,25 +101,40 @@ func TestJudge(t *testing.T) {
 	for _, c := range []struct {
 		target
 		value      float64
-		met, raise bool
+		met        bool
+		raise      float64
 		unmeasured bool
 	}{
-		{target: target{"tcp-out-1", gbits, 65520, "slirp4netns", 2}, value: 2.6, met: true},
-		{target: target{"tcp-out-1", gbits, 65520, "slirp4netns", 1}, value: 2.6, met: true, raise: true},
-		{target: target{"tcp-out-1", gbits, 65520, "slirp4netns", 1.6}, value: 2.6, met: true}, // beside its best it is 2.17
-		{target: target{"tcp-out-1", gbits, 1500, ownBestMTU, 0.85}, value: 10.0 / 13},
-		{target: target{"tcp-rr", perSecond, 0, "slirp4netns", 1}, value: 0.8},
-		{target: target{"udp-steady-in-64", lossPart, 0, "slirp4netns", 1}, value: 0.25}, // it lost none
-		{target: target{"rss-tcp", idleMiB, 0, "", 16}, value: 10, met: true, raise: true},
-		{target: target{"rss-tcp", idleMiB, 0, "", 9}, value: 10},
-		{target: target{"tcp-rr", perSecond, 0, "pasta", 1}, unmeasured: true},
-		{target: target{"rss-tcp", kibConn, 0, "", 16}, unmeasured: true},
+		{target: target{axis: "tcp-out-1", metric: gbits, mtu: 65520, than: "slirp4netns", value: 2}, value: 2.6, met: true},
+		{target: target{axis: "tcp-out-1", metric: gbits, mtu: 65520, than: "slirp4netns", value: 1}, value: 2.6, met: true, raise: 1.8},
+		{target: target{axis: "tcp-out-1", metric: gbits, mtu: 65520, than: "slirp4netns", value: 1.6}, value: 2.6, met: true}, // beside its best it is 2.17
+		{target: target{axis: "tcp-out-1", metric: gbits, mtu: 1500, than: ownBestMTU, value: 0.85}, value: 10.0 / 13},
+		{target: target{axis: "tcp-rr", metric: perSecond, mtu: 0, than: "slirp4netns", value: 1}, value: 0.8},
+		{target: target{axis: "udp-steady-in-64", metric: lossPart, mtu: 0, than: "slirp4netns", value: 1}, value: 0.25}, // it lost none
+		{target: target{axis: "rss-tcp", metric: idleMiB, mtu: 0, than: "", value: 16}, value: 10, met: true, raise: 12},
+		{target: target{axis: "rss-tcp", metric: idleMiB, mtu: 0, than: "", value: 9}, value: 10},
+		{target: target{axis: "pub-net-in-1", metric: gbits, than: "pasta", value: 1.3, other: "pub-lo-in-1"}, value: 24.0 / 16, met: true},
+		{target: target{axis: "pub-lo-crr", metric: perSecond, than: "", value: 300}, value: 2900, met: true, raise: 2500},
+		{target: target{axis: "pub-net-in-1", metric: sourceKept, than: "", value: 1}, value: 1, met: true},
+		{target: target{axis: "tcp-rr", metric: perSecond, mtu: 0, than: "pasta", value: 1}, unmeasured: true},
+		{target: target{axis: "rss-tcp", metric: kibConn, mtu: 0, than: "", value: 16}, unmeasured: true},
 	} {
 		v, ok := c.judge(r)
 		if ok == c.unmeasured {
 			t.Errorf("%v: measured %v", c.target, ok)
-		} else if ok && (math.Abs(v.Value-c.value) > 1e-9 || v.Met != c.met || v.Raise != c.raise) {
+		} else if ok && (math.Abs(v.Value-c.value) > 1e-9 || v.Met != c.met || math.Abs(v.Raise-c.raise) > 1e-9) {
 			t.Errorf("%v: %+v", c.target, v)
+		}
+	}
+}
+
+// A figure that a target is raised to is one that was reached, to two digits.
+func TestTwoDigits(t *testing.T) {
+	for _, c := range []struct{ v, down, up float64 }{
+		{0, 0, 0}, {1.999, 1.9, 2}, {0.5, 0.5, 0.5}, {0.01234, 0.012, 0.013}, {13.9, 13, 14}, {45678, 45000, 46000}, {99.9, 99, 100},
+	} {
+		if down, up := twoDigits(c.v, math.Floor), twoDigits(c.v, math.Ceil); math.Abs(down-c.down) > 1e-12 || math.Abs(up-c.up) > 1e-12 {
+			t.Errorf("%v: %v, %v", c.v, down, up)
 		}
 	}
 }
@@ -127,6 +156,9 @@ func TestNames(t *testing.T) {
 	}
 	for _, g := range targets {
 		check(g.String(), g.axis, g.metric)
+		if g.other != "" {
+			check(g.String(), g.other, g.metric)
+		}
 		if g.than != "" && g.than != ownBestMTU && !known(g.than) {
 			t.Errorf("%v: who is %s?", g, g.than)
 		}
@@ -138,6 +170,9 @@ func TestNames(t *testing.T) {
 	}
 	seen := map[string]bool{}
 	for _, a := range axes {
+		if a.part < 1 {
+			t.Errorf("%s has no duration", a.name)
+		}
 		if seen[a.name] {
 			t.Errorf("two axes are %s", a.name)
 		}

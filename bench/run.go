@@ -31,13 +31,14 @@ type runner struct {
 	limits   []string
 	live     map[string]*instance // by the peer's name
 	failed   map[string]int       // starts in a row, by the peer's name
+	sighted  map[string]bool      // whose clients' addresses are known, by the peer's name
 	done     int
 	total    int
 }
 
 // run measures all that o asks for, and writes the report: also of what there is when it was interrupted.
 func run(ctx context.Context, o options, l *lab) error {
-	r := &runner{options: o, lab: l, progress: os.Stderr, begin: time.Now(), live: map[string]*instance{}, failed: map[string]int{}}
+	r := &runner{options: o, lab: l, progress: os.Stderr, begin: time.Now(), live: map[string]*instance{}, failed: map[string]int{}, sighted: map[string]bool{}}
 	for _, a := range []*agent{l.host, l.outside} {
 		if err := startEcho(ctx, a); err != nil {
 			return err
@@ -146,7 +147,7 @@ func (r *runner) turns(mtu int, first bool) []turn {
 		}
 		t := turn{axis: a, mtu: mtu}
 		for _, p := range r.peers {
-			if a.route == outbound && p.plain || a.route != outbound && p.publishes(r.lab) {
+			if a.route == outbound && p.plain || a.route != outbound && p.publishes(r.lab) && (a.proto == "tcp" || !p.streams) {
 				t.peers = append(t.peers, p)
 			}
 		}
@@ -190,15 +191,34 @@ func (r *runner) limitsIn(t turn) int {
 	return n
 }
 
-// takesPart: the cable is no limit of what does not cross it.
+// takesPart: the cable is no limit of what does not cross it, and of what comes by it the loopback is one that is asked after
+// for bulk data only.
 func takesPart(limit string, a *axis) bool {
-	return !a.fresh && (a.route != fromHost || limit == limitLoopback)
+	switch {
+	case a.fresh:
+		return false
+	case a.route == fromHost:
+		return limit == limitLoopback
+	case a.route == fromAround && limit == limitLoopback:
+		return slices.Contains(a.metrics, cpuGiB)
+	}
+	return true
+}
+
+// settled: of publishing many ports one sample says enough when it takes longer than slow and is not usernet's.
+func (r *runner) settled(t turn, p *peer) bool {
+	const slow = 5 // seconds
+	return t.axis.many && !ours(p.name) && r.report.median(t.axis.name, t.mtu, p.name, addSeconds) > slow
 }
 
 // takeTurns samples one axis, A B C A B C.
 func (r *runner) takeTurns(ctx context.Context, t turn) error {
 	for i := range r.samples {
 		for _, p := range t.peers {
+			if r.settled(t, p) {
+				r.done++
+				continue
+			}
 			r.one(ctx, t, i, p.name, func() (*contender, error) {
 				in, err := r.instance(ctx, p, t)
 				if err != nil {
@@ -228,7 +248,12 @@ func (r *runner) instance(ctx context.Context, p *peer, t turn) (*instance, erro
 		return in, nil
 	}
 	var publish []forward
-	if t.axis.route != outbound {
+	switch {
+	case t.axis.many && p.manage == nil:
+		publish = manyForwards()
+	case t.axis.many:
+		publish = []forward{}
+	case t.axis.route != outbound:
 		publish = p.forwards()
 	}
 	in, err := p.start(ctx, r.lab, t.mtu, publish)
@@ -240,7 +265,13 @@ func (r *runner) instance(ctx context.Context, p *peer, t turn) (*instance, erro
 	}
 	r.failed[p.name] = 0
 	r.live[p.name] = in
-	return in, startEcho(ctx, in.container)
+	if err := startEcho(ctx, in.container); err != nil || len(publish) == 0 || t.axis.many || r.sighted[p.name] {
+		return in, err
+	}
+	r.sighted[p.name] = true
+	seen, err := in.sightings(ctx, r.lab, p)
+	r.report.Sightings = append(r.report.Sightings, seen...)
+	return in, err
 }
 
 func (r *runner) stop(name string) {
@@ -319,7 +350,7 @@ func (r *runner) observe(ctx context.Context, t turn, make func() (*contender, e
 	if err != nil {
 		return nil, 0, err
 	}
-	values, err := t.axis.measure(ctx, c, r.duration)
+	values, err := t.axis.measure(ctx, c, r.duration/t.axis.part)
 	if err != nil {
 		return nil, 0, err
 	}

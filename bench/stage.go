@@ -114,6 +114,15 @@ func inner(ctx context.Context, o options) error {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return err
 	}
+	// Ten thousand published ports are as many descriptors. What is set explicitly, and only that, Go hands on to children.
+	var files syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
+		return err
+	}
+	files.Cur = files.Max
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
+		return fmt.Errorf("raise the limit of open files to %d: %w", files.Max, err)
+	}
 	lab, err := newLab(ctx, os.Getenv(innerEnv), o.usernet)
 	if err != nil {
 		return err

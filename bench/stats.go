@@ -11,6 +11,9 @@ type figure struct {
 	Median float64   `json:"median"`
 	Min    float64   `json:"min"`
 	Max    float64   `json:"max"`
+	// Of usernet's figures the medians' ratios to the best peer's and to the limit's, where there is one.
+	ToPeer  *float64 `json:"to_best_peer,omitempty"`
+	ToLimit *float64 `json:"to_limit,omitempty"`
 }
 
 // add takes a sample.

@@ -139,12 +139,14 @@ func hold(ctx context.Context, kind, tries int, p holdParams, ready func(), rele
 }
 
 // dial makes a connected socket whose calls give up after a while.
-func dial(kind int, to netip.AddrPort) (int, error) {
+func dial(kind int, to netip.AddrPort) (int, error) { return dialWithin(kind, to, giveUp) }
+
+func dialWithin(kind int, to netip.AddrPort, d time.Duration) (int, error) {
 	fd, err := socket(kind, to.Addr())
 	if err != nil {
 		return -1, err
 	}
-	tv := unix.NsecToTimeval(giveUp.Nanoseconds())
+	tv := unix.NsecToTimeval(d.Nanoseconds())
 	err = errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv),
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv))
 	if err == nil {

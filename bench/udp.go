@@ -44,10 +44,10 @@ func opUDPRR(ctx context.Context, p rrParams, _ func(), _ <-chan struct{}) (any,
 }
 
 // A flood is datagrams of one size from one socket to one other. Each begins with the number of the
-// run, so that what is left of an earlier one is not counted. Whoever is in the container sends the first datagram, a
-// hello, so that the network process knows the flow in both directions.
+// run, so that what is left of an earlier one is not counted. The client of the network process (the container, or of a
+// published port whoever speaks to it) sends the first datagram, a hello, so that the flow is known in both directions.
 
-// floodParams are one side of a flood: of the one in the container To is the address to say hello to, of the other Listen is the port.
+// floodParams are one side of a flood: of the client To is the address to say hello to, of the other Listen is the port.
 type floodParams struct {
 	To       netip.AddrPort
 	Listen   uint16
@@ -120,7 +120,7 @@ func (p floodParams) awaitHello(ctx context.Context, fd int) error {
 			return unix.Connect(fd, from)
 		}
 	}
-	return fmt.Errorf("no datagram came out of the container within %v", giveUp)
+	return fmt.Errorf("no datagram came from the client within %v", giveUp)
 }
 
 func opUDPSend(ctx context.Context, p floodParams, ready func(), _ <-chan struct{}) (any, error) {
