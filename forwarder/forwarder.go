@@ -164,6 +164,12 @@ func (f *Forwarder) Sources() []stack.Source {
 // Relay is what joins the Forwarder's TCP flows, for others to use as well: its Run is the Forwarder's, and so is its Close.
 func (f *Forwarder) Relay() *relay.Loop { return f.relay }
 
+// Linger lets the relay wait in the kernel between events that follow one another closely, with an eye on the stack's
+// device and other descriptors that Go's poller serves: see relay.Loop.Linger. It is called before Run.
+func (f *Forwarder) Linger(device ...int) error {
+	return f.relay.Linger(append(device, f.poller.epoll.FD())...)
+}
+
 // Close releases what New has opened, and ends all flows and published ports. Neither Run nor a stack that serves the Sources may
 // still be at work.
 func (f *Forwarder) Close() error {

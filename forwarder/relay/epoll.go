@@ -38,6 +38,12 @@ func (e *Epoll) Add(fd int, id uint64, events uint32) error {
 	return sysEpollCtl(e.fd, unix.EPOLL_CTL_ADD, fd, &ev)
 }
 
+// rearm watches an fd that was added for other events from now on.
+func (e *Epoll) rearm(fd int, id uint64, events uint32) error {
+	ev := unix.EpollEvent{Events: events, Fd: int32(uint32(id)), Pad: int32(uint32(id >> 32))}
+	return sysEpollCtl(e.fd, unix.EPOLL_CTL_MOD, fd, &ev)
+}
+
 // Remove ends the watching of an fd that stays open.
 func (e *Epoll) Remove(fd int) { _ = sysEpollCtl(e.fd, unix.EPOLL_CTL_DEL, fd, nil) }
 
@@ -50,7 +56,7 @@ func EventID(ev *unix.EpollEvent) uint64 {
 // One goroutine at a time may wait.
 func (e *Epoll) Wait(events []unix.EpollEvent) (n int, err error) {
 	rerr := e.raw.Read(func(uintptr) bool {
-		n, err = sysEpollWait(e.fd, events)
+		n, err = sysEpollWait(e.fd, events, 0)
 		return n != 0 || err != nil
 	})
 	switch {
@@ -63,7 +69,7 @@ func (e *Epoll) Wait(events []unix.EpollEvent) (n int, err error) {
 }
 
 // Poll is Wait without waiting.
-func (e *Epoll) Poll(events []unix.EpollEvent) (int, error) { return sysEpollWait(e.fd, events) }
+func (e *Epoll) Poll(events []unix.EpollEvent) (int, error) { return sysEpollWait(e.fd, events, 0) }
 
 // FD is readable when there are events.
 func (e *Epoll) FD() int { return e.fd }

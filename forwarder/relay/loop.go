@@ -32,6 +32,7 @@ type Loop struct {
 	stats   counters
 	rests   rests
 	pauses  pauses
+	others  int // an epoll set, see Linger; 0: nobody lingers
 }
 
 type counters struct {
@@ -83,6 +84,10 @@ func (l *Loop) Run(ctx context.Context) error {
 func (l *Loop) Close() {
 	for _, w := range l.workers {
 		w.close() // and no nil in their place: a Join that comes late must be told
+	}
+	if l.others != 0 {
+		sysClose(l.others)
+		l.others = 0
 	}
 }
 

@@ -118,15 +118,18 @@ func sysShutdown(fd int) error {
 // sysClose closes a non-blocking socket, whose linger time is 0 if it has one.
 func sysClose(fd int) { _, _, _ = unix.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) }
 
-func sysEpollWait(fd int, events []unix.EpollEvent) (int, error) {
+// sysEpollWait waits for timeout milliseconds at most. A signal ends it too: the scheduler sends one when it wants
+// the processor back.
+func sysEpollWait(fd int, events []unix.EpollEvent, timeout int) (int, error) {
 	for {
-		n, _, e := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), 0, 0, 0)
-		switch e {
-		case 0:
+		n, _, e := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), uintptr(timeout), 0, 0)
+		switch {
+		case e == 0:
 			return int(n), nil
-		case unix.EINTR:
-		default:
+		case e != unix.EINTR:
 			return 0, e
+		case timeout != 0:
+			return 0, nil
 		}
 	}
 }

@@ -2,6 +2,7 @@ package relay
 
 import (
 	"context"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -182,22 +183,30 @@ func (w *worker) run(ctx context.Context) error {
 	return err
 }
 
-// watch pumps for the host's events.
+// watch pumps for the sockets' events.
 func (w *worker) watch(ctx context.Context) error {
 	for ctx.Err() == nil {
 		n, err := w.epoll.Wait(w.events[:])
 		if err != nil {
 			return err
 		}
-		w.pumping.Lock()
-		w.mark(w.events[:n])
-		w.pump()
-		w.pumping.Unlock()
+		w.take(w.events[:n])
+		if err := w.linger(); err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
-// poll pumps for the host's events that are there, in watch's place.
+// take pumps for events.
+func (w *worker) take(events []unix.EpollEvent) {
+	w.pumping.Lock()
+	defer w.pumping.Unlock()
+	w.mark(events)
+	w.pump()
+}
+
+// poll pumps for the sockets' events that are there, in watch's place.
 func (w *worker) poll() {
 	w.pumping.Lock()
 	defer w.pumping.Unlock()
@@ -207,18 +216,19 @@ func (w *worker) poll() {
 	w.pump()
 }
 
-// serve pumps for the container's ends.
+// serve pumps for the container's ends, and what is not through after its turn.
 func (w *worker) serve(ctx context.Context) {
 	for {
 		w.pumping.Lock()
 		w.pump()
 		w.pumping.Unlock()
-		w.mu.Lock()
-		w.asleep = len(w.queue) == 0
-		asleep := w.asleep
-		w.mu.Unlock()
-		if !asleep {
-			continue
+		for !w.sleep() {
+			if ctx.Err() != nil {
+				return
+			}
+			// Streams that always have more must neither keep the others' events nor other goroutines waiting.
+			runtime.Gosched()
+			w.poll()
 		}
 		select {
 		case <-w.wake:
@@ -226,6 +236,14 @@ func (w *worker) serve(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// sleep tells that the queue is empty, and that wake is needed from now on.
+func (w *worker) sleep() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.asleep = len(w.queue) == 0
+	return w.asleep
 }
 
 // pump pumps what was queued when it was called; pumping is held.
