@@ -86,6 +86,13 @@ func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.L
 		return nil, err
 	}
 	e.forward.Bind(e.stack)
+	var queues []int
+	for _, q := range e.tap.Queues() {
+		queues = append(queues, q.FD())
+	}
+	if err := e.forward.Linger(queues...); err != nil {
+		return nil, err
+	}
 	if err := e.listen(); err != nil {
 		return nil, err
 	}
