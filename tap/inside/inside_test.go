@@ -25,6 +25,14 @@ var testOps = netns.Ops{
 	"listen":  netns.Handle(listen),
 	"look":    netns.Handle(look),
 	"spoil":   netns.Handle(spoil),
+	"talk":    netns.Handle(talk),
+	"many":    netns.Handle(many),
+	"pid": netns.Handle(func(context.Context, struct{}) (int, []*os.File, error) {
+		return os.Getpid(), nil, nil
+	}),
+	"range": netns.Handle(func(_ context.Context, value string) (struct{}, []*os.File, error) {
+		return struct{}{}, nil, os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte(value), 0)
+	}),
 	"write": netns.Handle(func(_ context.Context, value string) (struct{}, []*os.File, error) {
 		return struct{}{}, nil, os.WriteFile(sysctl, []byte(value), 0)
 	}),
@@ -188,7 +196,7 @@ func boxOf(t *testing.T, pid int) *box {
 	return b
 }
 
-func openNS(t *testing.T, pid int) *netns.NS {
+func openNS(t testing.TB, pid int) *netns.NS {
 	t.Helper()
 	ns, err := netns.Open(netns.Config{PID: pid, Helper: true})
 	if err != nil {
@@ -203,7 +211,7 @@ func openNS(t *testing.T, pid int) *netns.NS {
 }
 
 // open opens a Kit that runs until the test ends, or until close.
-func (b *box) open(t *testing.T, cfg inside.Config) (close func()) {
+func (b *box) open(t testing.TB, cfg inside.Config) (close func()) {
 	t.Helper()
 	var err error
 	if b.Kit, err = inside.Open(t.Context(), b.ns, cfg); err != nil {
@@ -230,7 +238,7 @@ func (b *box) open(t *testing.T, cfg inside.Config) (close func()) {
 	return close
 }
 
-func (b *box) do(t *testing.T, name string, args, reply any) []*os.File {
+func (b *box) do(t testing.TB, name string, args, reply any) []*os.File {
 	t.Helper()
 	files, err := b.within.Call(t.Context(), testOps, name, args, reply)
 	if err != nil {

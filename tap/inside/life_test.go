@@ -313,4 +313,3 @@ func waitFor(t *testing.T, what string, is func() bool) {
 		}
 	}
 }
-
