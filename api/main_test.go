@@ -91,6 +91,13 @@ func (p *fakePorts) Add(ctx context.Context, specs ...portdriver.Spec) ([]portdr
 	return out, nil
 }
 
+func (p *fakePorts) reset() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.last = 0
+	clear(p.table)
+}
+
 func (p *fakePorts) Remove(_ context.Context, id int, drain bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
