@@ -90,8 +90,8 @@ var axes = func() []*axis {
 			tcpAxis(where+"out-1", r, 1, true, false),
 			tcpAxis(where+"in-8", r, 8, false, false),
 			tcpAxis(where+"out-8", r, 8, true, false),
-			rrAxis(where+"rr", r, true),
-			rrAxis(where+"crr", r, true),
+			rrAxis(where+"rr", r, r == fromAround),
+			rrAxis(where+"crr", r, r == fromAround),
 			rrAxis(where+"udp-rr", r, false))
 		for _, way := range []string{"in", "out"} {
 			if r == fromAround {

@@ -86,7 +86,7 @@ func parse(args []string, w io.Writer) (options, error) {
 	only := f.String("only", "", "axes whose name this `regexp` matches")
 	peers := f.String("peers", "", "`names` of contenders, by commas (default: all that are installed)")
 	samples := f.Int("samples", 0, "`number` of samples of each figure (default 5; quick: 3)")
-	duration := f.Duration("duration", 0, "`time` of each load (default 2s; quick: 700ms)")
+	duration := f.Duration("duration", 0, "`time` of each load (default 2s; quick: 500ms); round trips take half of it, floods a quarter")
 	mtu := f.String("mtu", "", "MTU `list`, by commas; the first serves the axes that do not depend on it (default 65520,1500)")
 	out := f.String("out", filepath.Join("bench", "results"), "`directory` for the results")
 	usernet := f.String("usernet", filepath.Join("bin", "usernet"), "the `binary` to measure")
@@ -120,7 +120,7 @@ func parse(args []string, w io.Writer) (options, error) {
 	if o.duration == 0 {
 		o.duration = 2 * time.Second
 		if o.quick {
-			o.duration = 700 * time.Millisecond
+			o.duration = 500 * time.Millisecond
 		}
 	}
 	// A minute bounds what a load can keep in memory, and a hundred samples how long a typing error takes.

@@ -31,7 +31,7 @@ func TestParse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if o.samples != 3 || o.duration != 700*time.Millisecond || len(o.peers) != 2 || o.mtus[0] != 1500 || !filepath.IsAbs(o.out) || !o.only.MatchString("tcp-rr") {
+	if o.samples != 3 || o.duration != 500*time.Millisecond || len(o.peers) != 2 || o.mtus[0] != 1500 || !filepath.IsAbs(o.out) || !o.only.MatchString("tcp-rr") {
 		t.Errorf("%+v", o)
 	}
 	if o, err = parse(nil, io.Discard); err != nil || o.samples != 5 || len(o.mtus) != 2 || o.peers != nil {

@@ -85,7 +85,7 @@ func (r *runner) wanted(name string) bool {
 // choose decides who takes part, and says who does not.
 func (r *runner) choose() error {
 	for _, p := range peers {
-		if !r.wanted(p.name) {
+		if !r.wanted(p.name) || r.quick && p.thorough && r.options.peers == nil {
 			continue
 		}
 		if err := p.present(r.lab); err != nil {

@@ -129,7 +129,7 @@ func (t target) judge(r *report) (v verdict, ok bool) {
 		}
 		other := r.median(axis, t.mtu, t.than, t.metric)
 		v.Value = ratio(own, other)
-		if other == 0 { // no loss must be met by no loss
+		if other == 0 && t.metric == lossPart { // no loss must be met by no loss; no CPU is a sample that was too short
 			v.Value = own
 			v.Bound = 0
 		} else {
