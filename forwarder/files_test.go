@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -50,6 +51,25 @@ func TestUDPOutOfFiles(t *testing.T) {
 	}
 	again()
 	if st := c.f.Stats().UDP; st.Sent != 20 || st.Flows != 4 || st.Evicted != 16 {
+		t.Errorf("counted %+v", st)
+	}
+}
+
+// The same where all older flows are in use and of one source.
+func TestUDPOutOfFilesAllBusy(t *testing.T) {
+	c, now := newContainer(t, Config{})
+	s := newServer(t, "127.0.0.1:0")
+	again := fewFiles(t, 4)
+	const first = 30000
+	for i := range 10 {
+		for port := max(i-3, 0); port <= i; port++ { // the new one last
+			now.advance(time.Second)
+			c.send(netip.AddrPortFrom(me4.Addr(), uint16(first+port)), s.gateway(), "hello")
+			s.expect("hello")
+		}
+	}
+	again()
+	if st := c.f.Stats().UDP; st.Drops["files"] != 0 || st.Flows != 4 || st.Sent != 4*10-6 {
 		t.Errorf("counted %+v", st)
 	}
 }

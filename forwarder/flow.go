@@ -139,6 +139,8 @@ func (f *Forwarder) newFlow(k *kind, fl *flow, now int64) (*flow, error) {
 	fl.f, fl.kind = f, k
 	fl.refs.Store(2) // the table's and the caller's
 	fl.last.Store(now)
+	f.taking.RLock()
+	defer f.taking.RUnlock()
 	fl.mu.Lock()
 	existing, evicted, ok := k.table.insert(fl, now)
 	if evicted != nil {

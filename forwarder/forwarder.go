@@ -58,6 +58,7 @@ type Forwarder struct {
 	udp, echo     kind
 	published     kind
 	forwards      forwards
+	taking        sync.RWMutex // before flow.mu; held for reading while a flow begins, else by TakeUDPPort
 	poller        *poller
 	receiver      *receiver
 	senders       senders

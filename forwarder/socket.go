@@ -21,7 +21,7 @@ type socket struct {
 	proto  uint8
 	user   user
 	poller *poller
-	closed chan struct{} // closed with the socket; nil where nobody waits for that
+	closed chan struct{} // closed with the socket; nil where nobody waits. Set by who has a reference, see TakeUDPPort
 }
 
 // A user is who a socket is for: a flow, or a published port with all its clients.

@@ -21,7 +21,7 @@ import (
 // been idle for long enough; it is looked at then, and put further on if it was used.
 //
 // mu is taken for a look-up, or to link and unlink one flow; never while a flow's mu
-// is held by the same goroutine except in this order: flow.mu, table.mu.
+// is held by the same goroutine except in this order: Forwarder.taking, flow.mu, table.mu.
 type table struct {
 	mu     sync.RWMutex
 	limit  int
@@ -161,23 +161,28 @@ func (t *table) insert(fl *flow, now int64) (existing, evicted *flow, ok bool) {
 func (o *owner) oldest(keep *flow) *flow {
 	lists := [...]*link{&o.unanswered, &o.answered}
 	for _, l := range lists {
-		// Looking at each flow at most once ends even if all are in use.
-		for range o.flows {
+		// Each flow is looked at once, even if all are in use.
+		var first *flow
+		for {
 			fl := l.prev.fl
-			if fl == nil {
+			if fl == nil || fl == first {
 				break
 			}
 			last := fl.last.Load()
 			if l == &o.unanswered && fl.answered.Load() {
 				fl.age.unlink()
 				o.answered.pushFront(&fl.age)
-			} else if last > fl.seen || fl == keep {
-				fl.age.unlink()
-				l.pushFront(&fl.age)
-			} else {
+				continue
+			}
+			if last <= fl.seen && fl != keep {
 				return fl
 			}
+			fl.age.unlink()
+			l.pushFront(&fl.age)
 			fl.seen = last
+			if first == nil {
+				first = fl
+			}
 		}
 	}
 	// All are in use: whoever was looked at first.
@@ -295,6 +300,19 @@ func (t *table) forget(key ownerKey) []*flow {
 		}
 	}
 	return all
+}
+
+// all returns all flows there are, with a reference each for the caller.
+func (t *table) all() []*flow {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	list := make([]*flow, 0, len(t.flows))
+	for _, fl := range t.flows {
+		if fl.acquire() {
+			list = append(list, fl)
+		}
+	}
+	return list
 }
 
 func (t *table) len() int {

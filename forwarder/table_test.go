@@ -132,6 +132,56 @@ func TestTableEvictKeeps(t *testing.T) {
 	}
 }
 
+// A source whose flows are all in use but the new one gives up one of those, not the new one.
+func TestTableEvictBusy(t *testing.T) {
+	tb := newTable(10, 0)
+	var old []*flow
+	for i := range 3 {
+		fl := testFlow(1, i, 1)
+		old = append(old, fl)
+		insert(t, tb, fl, 1)
+	}
+	old[1].answered.Store(true)
+	for round := range int64(3) {
+		keep := testFlow(1, 10+int(round), 10*round+10)
+		for _, fl := range old {
+			fl.last.Store(10*round + 9)
+		}
+		insert(t, tb, keep, 10*round+10)
+		if fl := tb.evict(keep); fl == nil || fl == keep {
+			t.Fatalf("round %d: evicted %v", round, fl)
+		}
+		if tb.get(keep.key) != keep || tb.len() != 3 {
+			t.Fatalf("round %d: %d flows", round, tb.len())
+		}
+	}
+	if tb.get(old[1].key) != old[1] {
+		t.Error("the answered one did not stay longest")
+	}
+}
+
+// The flows of one owner are bounded, and its own make room; forget takes all of them.
+func TestTableShare(t *testing.T) {
+	tb := newTable(10, 0)
+	tb.share = 4
+	for host := 1; host <= 2; host++ {
+		for i := range 6 {
+			evicted := insert(t, tb, testFlow(host, i, int64(i)), int64(i))
+			if (evicted != nil) != (i >= 4) || evicted != nil && evicted.key != testFlow(host, i-4, 0).key {
+				t.Fatalf("host %d, flow %d: evicted %v", host, i, evicted)
+			}
+		}
+	}
+	one := testFlow(1, 0, 0).ownerKey()
+	all := tb.forget(one)
+	if len(all) != 4 || tb.len() != 4 || len(tb.owners) != 1 || len(tb.busy) != 1 || tb.owners[one] != nil {
+		t.Errorf("forgot %d; left: %d flows of %d owners", len(all), tb.len(), len(tb.owners))
+	}
+	if all := tb.forget(one); len(all) != 0 {
+		t.Errorf("forgot %v", all)
+	}
+}
+
 // The same key twice is one flow; one whose last reference is gone is none.
 func TestTableInsertExisting(t *testing.T) {
 	tb := newTable(10, 0)
