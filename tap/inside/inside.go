@@ -34,24 +34,25 @@ func Ops() netns.Ops {
 
 // setupArgs and setupReply are what Open and a repair ask and hear.
 type setupArgs struct {
-	IPv6 bool
-	Diag bool // send a socket for sock_diag as well
+	IPv6  bool
+	First bool // Open asks: send a socket for sock_diag, and what is told once
 }
 
 type setupReply struct {
 	Why       [2]string     // per family: why a client's address cannot be kept; "" where it can
 	Errno     [2]unix.Errno // of these, where there is one
-	Ephemeral [2]uint16
+	Ephemeral [2]uint16     // the first time
 }
 
 // setup may be done again: it puts back what is missing.
 func (s *site) setup(ctx context.Context, a setupArgs) (r setupReply, files []*os.File, err error) {
-	if a.Diag {
+	if a.First {
 		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
 		if err != nil {
 			return r, nil, fmt.Errorf("socket for sock_diag: %w", err)
 		}
 		files = append(files, os.NewFile(uintptr(fd), "sock_diag"))
+		r.Ephemeral = ephemeral() // a sandbox may close /proc later
 	}
 	netns.AtEnd(ctx, opUndo, func() { s.takeDown() })
 	for i, err := range s.setUp(ctx, a.IPv6) {
@@ -60,7 +61,6 @@ func (s *site) setup(ctx context.Context, a setupArgs) (r setupReply, files []*o
 			errors.As(err, &r.Errno[i])
 		}
 	}
-	r.Ephemeral = ephemeral()
 	return r, files, nil
 }
 

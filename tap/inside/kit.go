@@ -109,7 +109,7 @@ func Open(ctx context.Context, ns *netns.NS, cfg Config) (*Kit, error) {
 	}
 	k := &Kit{ns: ns, ops: Ops(), cfg: cfg, low: (cfg.Batch + 2) / 3, diag: diag{fd: -1}, wake: make(chan struct{}, 1)}
 	var r setupReply
-	files, err := ns.Call(ctx, k.ops, opSetup, setupArgs{IPv6: cfg.IPv6, Diag: true}, &r)
+	files, err := ns.Call(ctx, k.ops, opSetup, setupArgs{IPv6: cfg.IPv6, First: true}, &r)
 	if err != nil {
 		return nil, fmt.Errorf("prepare for published ports: %w", err)
 	}

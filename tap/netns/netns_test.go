@@ -17,6 +17,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -38,6 +39,12 @@ var ops = netns.Ops{
 	"die": netns.Handle(func(context.Context, struct{}) (struct{}, []*os.File, error) {
 		os.Exit(7)
 		panic("unreachable")
+	}),
+	"at end": netns.Handle(func(ctx context.Context, c struct{ Name, Text string }) (bool, []*os.File, error) {
+		if c.Text == "" {
+			return netns.AtEnd(ctx, c.Name, nil), nil, nil
+		}
+		return netns.AtEnd(ctx, c.Name, func() { os.WriteFile(c.Name, []byte(c.Text), 0o666) }), nil, nil
 	}),
 	"large": netns.Handle(func(_ context.Context, size int) (string, []*os.File, error) {
 		return strings.Repeat("x", size), nil, nil
@@ -328,6 +335,137 @@ func TestRestEndsHelperUntilNextCall(t *testing.T) {
 	}
 	if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil {
 		t.Errorf("call after Rest: %v", err)
+	}
+}
+
+// What an operation leaves for the end is done whatever ends the helper.
+func TestAtEnd(t *testing.T) {
+	ns := taptest.NewNS(t, taptest.OwnerRoot)
+	dir := t.TempDir()
+	type later struct{ Name, Text string }
+	end := func(n *netns.NS, name, text string) (will bool) {
+		t.Helper()
+		if _, err := n.Call(t.Context(), ops, "at end", later{filepath.Join(dir, name), text}, &will); err != nil {
+			t.Fatal(err)
+		}
+		return will
+	}
+	for name, finish := range map[string]func(*netns.NS) error{
+		"closed": (*netns.NS).Close,
+		"rests":  (*netns.NS).Rest,
+		"hangs": func(n *netns.NS) error {
+			ctx, cancel := context.WithCancel(t.Context())
+			time.AfterFunc(0, cancel)
+			if _, err := n.Call(ctx, ops, "hang", struct{}{}, nil); !errors.Is(err, context.Canceled) {
+				return err
+			}
+			return nil
+		},
+	} {
+		n, err := netns.Open(netns.Config{PID: ns.PID, Helper: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !end(n, name, "first") || !end(n, name, "last") || !end(n, name+" not", "taken back") || !end(n, name+" not", "") {
+			t.Error("a helper has no end")
+		}
+		if _, err := os.Stat(filepath.Join(dir, name)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: before the end: %v", name, err)
+		}
+		if err := finish(n); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err := n.Close(); err != nil {
+			t.Error(err)
+		}
+		if text, err := os.ReadFile(filepath.Join(dir, name)); string(text) != "last" {
+			t.Errorf("%s: at the end %q was done, %v; want the last", name, text, err)
+		}
+		if _, err := os.Stat(filepath.Join(dir, name+" not")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: what was taken back: %v", name, err)
+		}
+	}
+}
+
+// On a thread of ours there is no end but our own.
+func TestAtEndOfThread(t *testing.T) {
+	n := taptest.NewNS(t, taptest.OwnerRoot).Open(t)
+	var will bool
+	if _, err := n.Call(t.Context(), ops, "at end", struct{ Name, Text string }{"/nonexistent/x", "text"}, &will); err != nil {
+		t.Fatal(err)
+	}
+	if will == n.Direct() {
+		t.Errorf("an end is promised: %t; the call was made on a thread of ours: %t", will, n.Direct())
+	}
+}
+
+// With Config.Helper there is one also where a thread might enter: as root, and where the namespace is owned by
+// the user namespace that we are in.
+func TestAlwaysHelper(t *testing.T) {
+	if !taptest.Inside(t) {
+		return
+	}
+	cmd := exec.Command("cat")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+	stdin, err := cmd.StdinPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		stdin.Close()
+		cmd.Wait()
+	}()
+	for _, pid := range []int{cmd.Process.Pid, taptest.NewNS(t, taptest.OwnerSelf).PID} {
+		n, err := netns.Open(netns.Config{PID: pid, Helper: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer n.Close()
+		var p place
+		if _, err := n.Call(t.Context(), ops, "where", struct{}{}, &p); err != nil {
+			t.Fatal(err)
+		}
+		if p.PID == os.Getpid() || n.Direct() || n.HelperPID() != p.PID {
+			t.Errorf("the call was made in process %d, not in a helper", p.PID)
+		}
+		if want := link(t, fmt.Sprintf("/proc/%d/ns/net", pid)); p.Net != want {
+			t.Errorf("it was made in %s, want %s", p.Net, want)
+		}
+		if p.Caps != "0000000000003400" || p.NoNew != "1" {
+			t.Errorf("the helper has capabilities %s, no_new_privs %s", p.Caps, p.NoNew)
+		}
+	}
+}
+
+// What a helper gives back when it rests comes back when it is needed.
+func TestTrim(t *testing.T) {
+	if n := netns.Trim(); n == 0 {
+		t.Error("there is nothing to give back")
+	}
+	if !strings.Contains(link(t, "/proc/self/exe"), "netns") {
+		t.Error(link(t, "/proc/self/exe"))
+	}
+}
+
+func TestCallFDs(t *testing.T) {
+	n := taptest.NewNS(t, taptest.OwnerRoot).Open(t)
+	for _, helper := range []bool{false, true} {
+		if helper {
+			n.UseHelper()
+		}
+		fds, err := n.CallFDs(t.Context(), ops, "socket", struct{}{}, nil)
+		if err != nil || len(fds) == 0 {
+			t.Fatalf("helper %t: %d descriptors, %v", helper, len(fds), err)
+		}
+		for _, fd := range fds {
+			if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
+				t.Errorf("helper %t: flags %#x, %v; want close-on-exec", helper, flags, err)
+			}
+			unix.Close(fd)
+		}
 	}
 }
 
