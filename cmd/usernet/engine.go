@@ -13,20 +13,24 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"usernet/api"
 	"usernet/forwarder"
+	"usernet/portdriver"
 	"usernet/stack"
 	"usernet/stack/dhcp"
 	"usernet/stack/dns"
 	"usernet/stack/ra"
 	"usernet/tap"
 	"usernet/tap/capture"
+	"usernet/tap/inside"
 	"usernet/tap/netns"
 )
 
 // An engine is the network of one namespace, put together:
 //
 //	namespace → TAP → (capture) → stack → forwarder → the host's sockets
-//	                                  └─→ resolver
+//	                                  ├─→ resolver
+//	                                  └─← published ports ← control socket (see ports.go)
 //
 // openEngine opens all that needs rights and starts nothing; run is its life; close takes it down.
 //
@@ -45,6 +49,11 @@ type engine struct {
 	server  *dns.Server     // nil without a resolver
 	pcs     []net.PacketConn
 	lns     []net.Listener
+
+	kit         *inside.Kit // nil: published ports take the stack's path, and whyNoKernel may say why
+	whyNoKernel error
+	ports       *portdriver.Driver // nil: no ports are published
+	control     *api.Server        // nil: no control socket
 }
 
 // openEngine opens the namespace and all that serves it.
@@ -59,6 +68,7 @@ func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.L
 	if err != nil {
 		log.Warn("fewer flows than there could be", "error", err)
 	}
+	where.Helper = o.wantsKit() // it makes sockets inside as long as we live
 	if e.ns, err = netns.Open(where); err != nil {
 		return nil, err
 	}
@@ -69,8 +79,13 @@ func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.L
 	if err != nil {
 		return nil, err
 	}
-	if err := e.ns.Rest(); err != nil { // all that is left to do is done through the TAP's descriptor
-		return nil, fmt.Errorf("end the helper: %w", err)
+	if o.wantsKit() {
+		e.openKit(ctx)
+	}
+	if e.kit == nil {
+		if err := e.ns.Rest(); err != nil { // all that is left to do is done through the TAP's descriptor
+			return nil, fmt.Errorf("end the helper: %w", err)
+		}
 	}
 	if e.forward, err = forwarder.New(e.forwarderConfig(files)); err != nil {
 		return nil, err
@@ -95,6 +110,16 @@ func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.L
 	}
 	if err := e.listen(); err != nil {
 		return nil, err
+	}
+	if o.wantsPorts() {
+		if err := e.openPorts(ctx, files); err != nil {
+			return nil, err
+		}
+	}
+	if o.apiSocket != apiNone {
+		if err := e.openControl(where); err != nil {
+			return nil, err
+		}
 	}
 	return e, nil
 }
@@ -283,6 +308,7 @@ func (e *engine) run(ctx context.Context, ready func() error) error {
 	if e.server != nil {
 		parts = append(parts, func(ctx context.Context) error { return e.server.Serve(ctx, e.pcs, e.lns) })
 	}
+	parts = append(parts, e.runPorts()...)
 	err := goEach(services, parts...)
 	stopStack()
 	if err = errors.Join(err, <-stackEnded); err == nil && ctx.Err() == nil {
@@ -304,7 +330,7 @@ func (e *engine) endWithNamespace(ctx context.Context) error {
 
 // close removes the TAP and lets go of the namespace. It comes after run, or in its place.
 func (e *engine) close() error {
-	var errs []error
+	errs := []error{e.closePorts()}
 	if e.forward != nil {
 		errs = append(errs, e.forward.Close())
 	}
@@ -331,6 +357,12 @@ func (e *engine) confinement(pid *pidFile) confinement {
 	}
 	if pid != nil {
 		c.removeDirs = []*os.File{pid.dir}
+	}
+	if e.control != nil {
+		c.removeDirs = append(c.removeDirs, e.control.Dir())
+	}
+	if e.ports != nil {
+		c.removeDirs = append(c.removeDirs, e.ports.Dirs()...)
 	}
 	if e.o.outbound.Interface4 != "" || e.o.outbound.Interface6 != "" {
 		c.caps |= capsBindDevice

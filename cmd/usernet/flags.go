@@ -5,12 +5,14 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/spf13/pflag"
 
 	"usernet/forwarder"
+	"usernet/portdriver"
 	"usernet/stack/dns"
 	"usernet/tap/capture"
 )
@@ -57,6 +59,9 @@ type flags struct {
 	pcap                           string
 	pcapSize                       size
 	noSandbox                      bool
+	publish                        []string
+	portPath, apiSocket            string
+	pprof                          bool
 }
 
 // A group is a headline of help and the flags below it.
@@ -94,6 +99,13 @@ func newFlags(run bool) *flags {
 	g.BoolVar(&f.hostLoopback, "host-loopback", false, "let the container reach the host's 127.0.0.1 and ::1 through the gateway's address (default: shut)")
 	g.StringVar(&f.outbound4, "outbound-addr", "", "IPv4 `ADDR|INTERFACE` of the host that TCP and UDP leave from")
 	g.StringVar(&f.outbound6, "outbound-addr6", "", "IPv6 `ADDR|INTERFACE` of the host that TCP and UDP leave from")
+
+	g = f.group("Ports")
+	g.StringArrayVarP(&f.publish, "publish", "p", nil, "publish a port of the container's on the host, `[ADDR:]PORT[-END]:[ADDR:]PORT[-END][/PROTO]`, may be repeated; "+
+		"PORT alone is the same on both sides, host port 0 any; PATH:PORT for a unix socket; auto[:PORT,FROM-TO,^PORT...] for whatever listens inside")
+	g.StringVar(&f.portPath, "port-path", portdriver.PathAuto, "data `PATH` of published TCP: kernel copies between sockets of host and container, stack passes the TAP, auto takes the kernel's where it can be had")
+	g.StringVar(&f.apiSocket, "api-socket", "", "`FILE` of the control socket, or none (default: usernet/PID.sock in $XDG_RUNTIME_DIR)")
+	g.BoolVar(&f.pprof, "pprof", false, "profiles of usernet itself on the control socket, below /debug/pprof/")
 
 	g = f.group("Names")
 	g.StringArrayVar(&f.dns, "dns", nil, "resolver to ask, `ADDR[:PORT]`, may be repeated (default: those of the host's resolv.conf, followed as it changes)")
@@ -210,6 +222,9 @@ func (f *flags) options() (*options, error) {
 	if o.outbound, err = forwarder.ParseOutbound(f.outbound4, f.outbound6); err != nil {
 		return nil, err
 	}
+	if err = f.ports(o); err != nil {
+		return nil, err
+	}
 	var known bool
 	if o.logLevel, known = logLevels[f.logLevel]; !known {
 		return nil, fmt.Errorf("--log-level %s: must be debug, info, warn or error", f.logLevel)
@@ -218,6 +233,42 @@ func (f *flags) options() (*options, error) {
 		return nil, fmt.Errorf("--log-format %s: must be text or json", o.logFormat)
 	}
 	return o, nil
+}
+
+// apiNone is the --api-socket that there is not.
+const apiNone = "none"
+
+// ports checks what is published, and how it can be asked for.
+func (f *flags) ports(o *options) error {
+	o.portPath, o.apiSocket, o.pprof = f.portPath, f.apiSocket, f.pprof
+	if !slices.Contains([]string{portdriver.PathAuto, portdriver.PathKernel, portdriver.PathStack}, f.portPath) {
+		return fmt.Errorf("--port-path %s: must be auto, kernel or stack", f.portPath)
+	}
+	if f.set.Changed("api-socket") && f.apiSocket == "" {
+		return errors.New("--api-socket is empty; \"none\" is for none")
+	}
+	if f.pprof && f.apiSocket == apiNone {
+		return errors.New("--pprof and --api-socket=none contradict each other")
+	}
+	for _, s := range f.publish {
+		if s == "auto" || strings.HasPrefix(s, "auto:") {
+			auto, err := portdriver.ParseAuto(s)
+			if err != nil {
+				return fmt.Errorf("--publish %s: %w", s, err)
+			}
+			if o.auto != nil {
+				return fmt.Errorf("--publish %s: auto is given twice; its list takes several ports: auto:80,8000-8999,^8080", s)
+			}
+			o.auto = &auto
+			continue
+		}
+		specs, err := portdriver.ParseSpec(s)
+		if err != nil {
+			return fmt.Errorf("--publish %s: %w", s, err)
+		}
+		o.publish = append(o.publish, specs...)
+	}
+	return nil
 }
 
 // parseMAC reads a unicast MAC address that is not the gateway's.

@@ -3,10 +3,12 @@ package main
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"runtime"
 
 	"usernet/tap"
+	"usernet/tap/inside"
 	"usernet/tap/netns"
 )
 
@@ -26,7 +28,7 @@ func main() {
 	runtime.LockOSThread()
 	switch {
 	case netns.IsHelper():
-		os.Exit(netns.HelperMain(tap.Ops()))
+		os.Exit(netns.HelperMain(ops()))
 	case isStage(os.Args):
 		os.Exit(stageMain(os.Args))
 	case isGuard(os.Args):
@@ -34,6 +36,13 @@ func main() {
 	}
 	setProcs()
 	os.Exit(usernet(os.Args[1:]))
+}
+
+// ops are what the helper knows.
+func ops() netns.Ops {
+	all := tap.Ops()
+	maps.Copy(all, inside.Ops())
+	return all
 }
 
 // setProcs takes a quarter of the machine's cores, at least one and at most four, unless GOMAXPROCS says
@@ -55,6 +64,8 @@ func usernet(args []string) int {
 			fmt.Print(helpText())
 		case cmdVersion:
 			fmt.Print(versionText())
+		case cmdAsk:
+			err = ask(o.question, os.Stdout)
 		case cmdRun:
 			var status int
 			if status, err = run(o, newLog(o)); err == nil {

@@ -6,10 +6,12 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
 	"usernet/forwarder"
+	"usernet/portdriver"
 	"usernet/tap"
 )
 
@@ -19,6 +21,7 @@ type command int
 const (
 	cmdAttach command = iota
 	cmdRun
+	cmdAsk
 	cmdVersion
 	cmdHelp
 )
@@ -31,6 +34,8 @@ type options struct {
 	pid        int
 	path       string
 	usernsPath string // "" asks the kernel
+
+	question *question // for cmdAsk
 
 	// argv of the command to run, for cmdRun; never empty then.
 	argv []string
@@ -46,6 +51,12 @@ type options struct {
 
 	hostLoopback bool
 	outbound     forwarder.Outbound
+
+	publish   []portdriver.Spec
+	auto      *portdriver.AutoConfig // nil: nothing is published by itself
+	portPath  string
+	apiSocket string // "" is the default's, apiNone is none
+	pprof     bool
 
 	dns       bool
 	upstreams []netip.AddrPort // empty: those of the host's resolv.conf
@@ -90,6 +101,8 @@ func parseCommand(args []string, env func(string) string) (*options, error) {
 		return &options{command: cmdVersion}, nil
 	case "run":
 		return parseRun(args[1:], env)
+	case "port", "info":
+		return parseQuestion(args, env)
 	}
 	return parseAttach(args)
 }
@@ -132,7 +145,7 @@ func parseAttach(args []string) (*options, error) {
 			return nil, errors.New("which namespace? give its PID or path, or --netns-path")
 		}
 		where, rest = rest[0], rest[1:]
-		if where == "run" || where == "version" || where == "help" {
+		if slices.Contains([]string{"run", "port", "info", "version", "help"}, where) {
 			return nil, fmt.Errorf("%q comes before every flag: usernet %[1]s ...; for a file of that name write ./%[1]s", where)
 		}
 		if digits(where) {

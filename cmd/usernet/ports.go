@@ -1,0 +1,234 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"usernet/api"
+	"usernet/forwarder"
+	"usernet/forwarder/relay"
+	"usernet/portdriver"
+	"usernet/stack"
+	"usernet/tap/inside"
+	"usernet/tap/netns"
+)
+
+// Publishing ports, put together:
+//
+//	listener ─ portdriver ─┬─ kit: a socket inside, made by the helper ─ relay      the kernel path
+//	                       ├─ stack.DialFrom ─ relay                                the stack path
+//	                       └─ forwarder.PublishUDP                                  UDP
+//	control socket ─ api ─ portdriver
+//
+// What needs rights is done before the sandbox: the helper is started, ports given with -p are bound, and
+// the control socket is made. Nothing of it carries a container's own traffic, so that its failures are
+// logged, and end the network only where they come before it has begun.
+
+// wantsPorts tells whether ports are published, or may be later.
+func (o *options) wantsPorts() bool {
+	return len(o.publish) > 0 || o.auto != nil || o.apiSocket != apiNone
+}
+
+// wantsKit tells whether sockets inside the namespace may be needed: for the kernel path, and
+// to see who listens there.
+func (o *options) wantsKit() bool {
+	return o.wantsPorts() && (o.portPath != portdriver.PathStack || o.auto != nil)
+}
+
+// openKit has the helper make what the kernel path needs. Without it ports take the stack's path.
+func (e *engine) openKit(ctx context.Context) {
+	kit, err := inside.Open(ctx, e.ns, inside.Config{IPv6: e.o.plan.net6.IsValid(), Log: e.log})
+	if err != nil {
+		e.whyNoKernel = err
+		e.log.Warn("published ports take the slower path through the TAP", "error", err)
+		return
+	}
+	e.kit = kit
+}
+
+// openPorts publishes what -p names.
+func (e *engine) openPorts(ctx context.Context, files int) error {
+	o, p := e.o, e.o.plan
+	config := portdriver.Config{
+		Loop: e.forward.Relay(), Kit: e.kit, WhyNoKernel: e.whyNoKernel,
+		Stack: stackDialer{e.stack}, UDP: udpPublisher{e.forward},
+		Container4: p.container4, Container6: p.container6,
+		Gateway4: p.gateway4, Gateway6: p.gateway6,
+		Path: o.portPath, MaxFiles: files / 2, // the other half is for what the container opens
+		Log: e.log,
+	}
+	for _, n := range []netip.Prefix{p.net4, p.net6} {
+		if n.IsValid() {
+			config.Subnets = append(config.Subnets, n)
+		}
+	}
+	var err error
+	if e.ports, err = portdriver.New(config); err != nil {
+		return err
+	}
+	if len(o.publish) > 0 {
+		if _, err := e.ports.Add(ctx, o.publish...); err != nil {
+			return err
+		}
+	}
+	if o.auto != nil {
+		if err := e.ports.Auto(*o.auto); err != nil {
+			return fmt.Errorf("--publish auto: %w", err)
+		}
+	}
+	return nil
+}
+
+// openControl makes the control socket. The one that nobody asked for by name may be missing.
+func (e *engine) openControl(where netns.Config) error {
+	path, err := e.o.apiSocket, error(nil)
+	if path == "" {
+		path, err = api.DefaultPath(strconv.Itoa(os.Getpid()))
+	}
+	if err == nil {
+		info := e.info(where)
+		e.control, err = api.Listen(api.Config{
+			Path: path, Ports: e.ports, Rootlesskit: e.ports.Manager(),
+			Info: info, Metrics: e.metrics, Pprof: e.o.pprof, Log: e.log,
+		})
+	}
+	switch {
+	case err == nil:
+		e.log.Info("control socket", "path", e.control.Path())
+		return nil
+	case e.o.apiSocket == "":
+		e.log.Warn("no control socket: name one with --api-socket, or none to do without", "error", err)
+		return nil
+	}
+	return fmt.Errorf("--api-socket: %w", err)
+}
+
+// info returns what tells about us.
+func (e *engine) info(where netns.Config) func() api.Info {
+	o, p := e.o, e.o.plan
+	is := api.Info{
+		Version: version, Started: time.Now(),
+		Namespace: where.Path, ContainerPID: where.PID,
+		Interface: api.Interface{
+			Name: e.tap.Name(), MTU: e.tap.MTU(), MAC: e.tap.MAC().String(),
+			Queues: len(e.tap.Queues()), Offloads: offloads(e.tap.Queues()[0].Offloads()),
+		},
+		Sandbox: o.sandbox,
+	}
+	if where.PID != 0 {
+		is.Namespace = fmt.Sprintf("/proc/%d/ns/net", where.PID)
+	}
+	is.IPv4 = &api.Addresses{Container: netip.PrefixFrom(p.container4, p.net4.Bits()), Gateway: p.gateway4}
+	if p.net6.IsValid() {
+		is.IPv6 = &api.Addresses{Container: netip.PrefixFrom(p.container6, p.net6.Bits()), Gateway: p.gateway6}
+	}
+	if o.dns {
+		is.IPv4.DNS = p.dns4
+		if is.IPv6 != nil {
+			is.IPv6.DNS = p.dns6
+		}
+	}
+	return func() api.Info {
+		now, ports := is, e.ports.Info()
+		now.Ports = &ports
+		return now
+	}
+}
+
+// offloads names the bits of a TAP's offload mask (TUN_F_…).
+func offloads(mask uint32) []string {
+	names := []string{}
+	for _, o := range []struct {
+		bit  uint32
+		name string
+	}{
+		{unix.TUN_F_CSUM, "csum"}, {unix.TUN_F_TSO4, "tso4"}, {unix.TUN_F_TSO6, "tso6"}, {unix.TUN_F_TSO_ECN, "tso_ecn"},
+		{unix.TUN_F_USO4, "uso4"}, {unix.TUN_F_USO6, "uso6"},
+	} {
+		if mask&o.bit != 0 {
+			names = append(names, o.name)
+		}
+	}
+	return names
+}
+
+// runPorts are the parts that run beside the stack. None of them ends the network.
+func (e *engine) runPorts() []func(context.Context) error {
+	var parts []func(context.Context) error
+	add := func(what string, run func(context.Context) error) {
+		parts = append(parts, func(ctx context.Context) error {
+			if err := run(ctx); err != nil && ctx.Err() == nil {
+				e.log.Error(what, "error", err)
+			}
+			return nil
+		})
+	}
+	if e.kit != nil {
+		add("no more sockets are made inside: published ports take the path through the TAP", e.kit.Run)
+	}
+	if e.ports != nil {
+		add("published ports end", e.ports.Run)
+	}
+	if e.control != nil {
+		add("the control socket ends", e.control.Serve)
+	}
+	return parts
+}
+
+// closePorts closes in the opposite order.
+func (e *engine) closePorts() error {
+	var errs []error
+	if e.control != nil {
+		errs = append(errs, e.control.Close())
+	}
+	if e.ports != nil {
+		errs = append(errs, e.ports.Close())
+	}
+	if e.kit != nil {
+		errs = append(errs, e.kit.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// stackDialer is the stack as portdriver wants it.
+type stackDialer struct{ *stack.Stack }
+
+func (d stackDialer) DialFrom(ctx context.Context, src, dst netip.AddrPort) (relay.End, error) {
+	c, err := d.Stack.DialFrom(ctx, "tcp", src, dst)
+	if err != nil {
+		return nil, err // not a nil *Conn, which would be an End
+	}
+	return c, nil
+}
+
+// udpPublisher is the forwarder as portdriver wants it.
+type udpPublisher struct{ *forwarder.Forwarder }
+
+func (u udpPublisher) PublishUDP(fd int, to, to6 netip.AddrPort) (portdriver.UDPForward, error) {
+	var targets []netip.AddrPort
+	for _, t := range []netip.AddrPort{to, to6} {
+		if t.IsValid() {
+			targets = append(targets, t)
+		}
+	}
+	p, err := u.Forwarder.PublishUDP(fd, targets...)
+	if err != nil {
+		return nil, err
+	}
+	return publishedUDP{p}, nil
+}
+
+type publishedUDP struct{ *forwarder.PublishedUDP }
+
+func (p publishedUDP) Stats() portdriver.UDPStats {
+	s := p.PublishedUDP.Stats()
+	_ = s
+	return portdriver.UDPStats{}
+}
