@@ -10,7 +10,7 @@ import (
 
 // A socketFile is a unix socket that we have made. It is removed by us alone, and only while it is that very file.
 type socketFile struct {
-	dir      int // O_PATH: it can be reached from within the sandbox
+	dir      *os.File // O_PATH: it can be reached from within the sandbox
 	base     string
 	dev, ino uint64
 }
@@ -81,18 +81,31 @@ func holdFile(path string) (*socketFile, error) {
 		closeFD(fd)
 		return nil, err
 	}
-	return &socketFile{dir: fd, base: base, dev: uint64(st.Dev), ino: st.Ino}, nil
+	return &socketFile{dir: os.NewFile(uintptr(fd), dir), base: base, dev: uint64(st.Dev), ino: st.Ino}, nil
 }
 
 // remove removes the file, if it is still there, and lets go of it.
 func (s *socketFile) remove() error {
-	defer closeFD(s.dir)
+	defer s.dir.Close()
+	fd := int(s.dir.Fd())
 	var st unix.Stat_t
-	if err := unix.Fstatat(s.dir, s.base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil || uint64(st.Dev) != s.dev || st.Ino != s.ino {
+	if err := unix.Fstatat(fd, s.base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil || uint64(st.Dev) != s.dev || st.Ino != s.ino {
 		return nil // it is gone, or another's
 	}
-	if err := unix.Unlinkat(s.dir, s.base, 0); err != nil {
+	if err := unix.Unlinkat(fd, s.base, 0); err != nil {
 		return &os.PathError{Op: "remove", Path: s.base, Err: err}
 	}
 	return nil
+}
+
+// Dirs are the directories of the unix sockets that are published now. A sandbox must allow removing files in them, or else
+// these are left behind. They belong to the Driver.
+func (d *Driver) Dirs() []*os.File {
+	var dirs []*os.File
+	for _, f := range d.all() {
+		if f.path != nil {
+			dirs = append(dirs, f.path.dir)
+		}
+	}
+	return dirs
 }

@@ -102,7 +102,7 @@ func newFlags(run bool) *flags {
 
 	g = f.group("Ports")
 	g.StringArrayVarP(&f.publish, "publish", "p", nil, "publish a port of the container's on the host, `[ADDR:]PORT[-END]:[ADDR:]PORT[-END][/PROTO]`, may be repeated; "+
-		"PORT alone is the same on both sides, host port 0 any; PATH:PORT for a unix socket; auto[:PORT,FROM-TO,^PORT...] for whatever listens inside")
+		"PORT alone is the same on both sides, host port 0 any; PATH:PORT for a unix socket; [ADDR:]auto[:PORT[-END]|^PORT[-END],...][/PROTO] for whatever listens inside, ^ leaves ports out")
 	g.StringVar(&f.portPath, "port-path", portdriver.PathAuto, "data `PATH` of published TCP: kernel copies between sockets of host and container, stack passes the TAP, auto takes the kernel's where it can be had")
 	g.StringVar(&f.apiSocket, "api-socket", "", "`FILE` of the control socket, or none (default: usernet/PID.sock in $XDG_RUNTIME_DIR)")
 	g.BoolVar(&f.pprof, "pprof", false, "profiles of usernet itself on the control socket, below /debug/pprof/")
@@ -251,20 +251,15 @@ func (f *flags) ports(o *options) error {
 		return errors.New("--pprof and --api-socket=none contradict each other")
 	}
 	for _, s := range f.publish {
-		if s == "auto" || strings.HasPrefix(s, "auto:") {
-			auto, err := portdriver.ParseAuto(s)
-			if err != nil {
-				return fmt.Errorf("--publish %s: %w", s, err)
-			}
-			if o.auto != nil {
-				return fmt.Errorf("--publish %s: auto is given twice; its list takes several ports: auto:80,8000-8999,^8080", s)
-			}
-			o.auto = &auto
+		if auto, is, err := portdriver.ParseAuto(s); err != nil {
+			return fmt.Errorf("--publish: %w", err)
+		} else if is {
+			o.auto = append(o.auto, auto)
 			continue
 		}
 		specs, err := portdriver.ParseSpec(s)
 		if err != nil {
-			return fmt.Errorf("--publish %s: %w", s, err)
+			return fmt.Errorf("--publish: %w", err)
 		}
 		o.publish = append(o.publish, specs...)
 	}

@@ -53,7 +53,7 @@ type options struct {
 	outbound     forwarder.Outbound
 
 	publish   []portdriver.Spec
-	auto      *portdriver.AutoConfig // nil: nothing is published by itself
+	auto      []portdriver.AutoConfig
 	portPath  string
 	apiSocket string // "" is the default's, apiNone is none
 	pprof     bool

@@ -33,13 +33,13 @@ import (
 
 // wantsPorts tells whether ports are published, or may be later.
 func (o *options) wantsPorts() bool {
-	return len(o.publish) > 0 || o.auto != nil || o.apiSocket != apiNone
+	return len(o.publish)+len(o.auto) > 0 || o.apiSocket != apiNone
 }
 
 // wantsKit tells whether sockets inside the namespace may be needed: for the kernel path, and
 // to see who listens there.
 func (o *options) wantsKit() bool {
-	return o.wantsPorts() && (o.portPath != portdriver.PathStack || o.auto != nil)
+	return o.wantsPorts() && (o.portPath != portdriver.PathStack || len(o.auto) > 0)
 }
 
 // openKit has the helper make what the kernel path needs. Without it ports take the stack's path.
@@ -61,7 +61,7 @@ func (e *engine) openPorts(ctx context.Context, files int) error {
 		Stack: stackDialer{e.stack}, UDP: udpPublisher{e.forward},
 		Container4: p.container4, Container6: p.container6,
 		Gateway4: p.gateway4, Gateway6: p.gateway6,
-		Path: o.portPath, MaxFiles: files / 2, // the other half is for what the container opens
+		Path: o.portPath, MaxFiles: files,
 		Log: e.log,
 	}
 	for _, n := range []netip.Prefix{p.net4, p.net6} {
@@ -78,9 +78,9 @@ func (e *engine) openPorts(ctx context.Context, files int) error {
 			return err
 		}
 	}
-	if o.auto != nil {
-		if err := e.ports.Auto(*o.auto); err != nil {
-			return fmt.Errorf("--publish auto: %w", err)
+	for _, auto := range o.auto {
+		if err := e.ports.Auto(auto); err != nil {
+			return fmt.Errorf("--publish: %w", err)
 		}
 	}
 	return nil
@@ -211,13 +211,7 @@ func (d stackDialer) DialFrom(ctx context.Context, src, dst netip.AddrPort) (rel
 // udpPublisher is the forwarder as portdriver wants it.
 type udpPublisher struct{ *forwarder.Forwarder }
 
-func (u udpPublisher) PublishUDP(fd int, to, to6 netip.AddrPort) (portdriver.UDPForward, error) {
-	var targets []netip.AddrPort
-	for _, t := range []netip.AddrPort{to, to6} {
-		if t.IsValid() {
-			targets = append(targets, t)
-		}
-	}
+func (u udpPublisher) PublishUDP(fd int, targets ...netip.AddrPort) (portdriver.UDPForward, error) {
 	p, err := u.Forwarder.PublishUDP(fd, targets...)
 	if err != nil {
 		return nil, err
@@ -229,6 +223,9 @@ type publishedUDP struct{ *forwarder.PublishedUDP }
 
 func (p publishedUDP) Stats() portdriver.UDPStats {
 	s := p.PublishedUDP.Stats()
-	_ = s
-	return portdriver.UDPStats{}
+	r := portdriver.UDPStats{Clients: s.Clients, Total: s.Opened, OctetsIn: s.InOctets, OctetsOut: s.OutOctets}
+	for _, n := range s.Drops {
+		r.Dropped += n
+	}
+	return r
 }
