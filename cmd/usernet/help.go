@@ -10,12 +10,19 @@ const helpHead = `usernet gives a network namespace a working network, without r
 Usage:
   usernet run [flags] [-- COMMAND ARG...]   run COMMAND (default $SHELL) in new namespaces with a network
   usernet [flags] PID|PATH [TAPNAME]        give the network namespace of a process, or at a path, a network
+  usernet port add [--socket FILE] SPEC...  publish ports of a container that runs; SPEC as after --publish
+  usernet port list [--socket FILE]         what is published, by which path, and how much passed
+  usernet port remove [--socket FILE] ID... take them away; connections are reset, or left to end with --drain
+  usernet info [--socket FILE]              a running usernet: addresses, offloads, data paths
   usernet version                           print version, compiler and platform
   usernet help                              print this text
 
 The second form stays in the foreground and ends, with status 0, on SIGTERM, SIGINT or SIGHUP (unless
 nohup has that ignored), when the process ends, or when the path no longer names the namespace. Flags may
 stand before and after PID|PATH; those of run end at COMMAND. --flag=value and --flag value mean the same.
+
+port and info ask over the control socket: that of --socket, else of $USERNET_SOCKET, else the only one in
+$XDG_RUNTIME_DIR/usernet. With --json they print the answer as it came.
 `
 
 const helpTail = `

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"usernet/forwarder"
+	"usernet/portdriver"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -63,6 +64,7 @@ func TestParse(t *testing.T) {
 		o := &options{
 			tapName: "tap0", mtu: 65520, configure: true, queues: 1, plan: p, dns: true,
 			readyFD: -1, exitFD: -1, logLevel: slog.LevelInfo, logFormat: "text", pcapSize: 100 << 20, sandbox: true,
+			portPath: portdriver.PathAuto,
 		}
 		change(o)
 		return o
@@ -105,6 +107,24 @@ func TestParse(t *testing.T) {
 		{"run curl --mtu 9", defaults(func(o *options) { o.command, o.logLevel, o.argv = cmdRun, slog.LevelWarn, line("curl --mtu 9") })},
 		{"run --log-level info --mtu 1500 -- --odd -x", defaults(func(o *options) { o.command, o.mtu, o.argv = cmdRun, 1500, line("--odd -x") })},
 		{"run --log-level=info --tap-name eth7 sh -- -c", defaults(func(o *options) { o.command, o.tapName, o.argv = cmdRun, "eth7", line("sh -- -c") })},
+		{"1 -p 8080:80 -p 127.0.0.1:5353:53/udp --port-path stack", defaults(func(o *options) {
+			o.pid, o.portPath = 1, portdriver.PathStack
+			o.publish = []portdriver.Spec{
+				{Proto: "tcp", HostPort: 8080, ContainerPort: 80},
+				{Proto: "udp", Host: netip.MustParseAddr("127.0.0.1"), HostPort: 5353, ContainerPort: 53},
+			}
+		})},
+		{"run -p auto:80 --api-socket none ls", defaults(func(o *options) {
+			o.command, o.logLevel, o.argv, o.apiSocket = cmdRun, slog.LevelWarn, line("ls"), apiNone
+			o.auto = []portdriver.AutoConfig{{Include: []portdriver.PortRange{{First: 80, Last: 80}}}}
+		})},
+		{"1 --api-socket /s --pprof", defaults(func(o *options) { o.pid, o.apiSocket, o.pprof = 1, "/s", true })},
+		{"port add --socket /s 8080:80 9000", &options{command: cmdAsk, question: &question{verb: "add", socket: "/s", specs: line("8080:80 9000")}}},
+		{"port list --json", &options{command: cmdAsk, question: &question{verb: "list", json: true}}},
+		{"port remove 3 --drain 4", &options{command: cmdAsk, question: &question{verb: "remove", drain: true, ids: []int{3, 4}}}},
+		{"info", &options{command: cmdAsk, question: &question{verb: "info"}}},
+		{"port --help", &options{command: cmdHelp}},
+		{"port add -h", &options{command: cmdHelp}},
 		{"help", &options{command: cmdHelp}},
 		{"help run", &options{command: cmdHelp}},
 		{"--help", &options{command: cmdHelp}},
@@ -146,6 +166,9 @@ func TestParseRefuses(t *testing.T) {
 		"1 --outbound-addr ::1", "1 --outbound-addr6 10.0.0.1", "1 --outbound-addr a/b", "1 --outbound-addr 127.0.0.1", "1 --outbound-addr lo", "1 --outbound-addr6 ::1", "1 --pid-file=", "1 --pcap=", "1 --pcap-size 1G", "1 --pcap f --pcap-size 1", "1 --pcap f --pcap-size 1T",
 		"1 --log-level loud", "1 --log-format xml", "version now", "--mtu 1500 run ls",
 		"run --netns-path /x", "run --exit-fd 0", "1 --ipv6=maybe", "1 --no-ipv6=maybe",
+		"1 -p x", "1 -p 1:2:3:4:5", "1 -p 80-70:80-70", "1 -p 8080:80/sctp", "1 -p 70000:80", "1 -p auto:", "1 -p ", "1 --port-path fast", "1 --api-socket=",
+		"1 --pprof --api-socket none", "port", "port frob", "port add", "port remove", "port remove x", "port remove 0", "port list 1",
+		"port list --drain", "port list --socket=", "info now", "--mtu 1500 port list",
 	} {
 		o, err := parse(line(args), environment(nil))
 		if err == nil {
