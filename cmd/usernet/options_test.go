@@ -116,7 +116,7 @@ func TestParse(t *testing.T) {
 		})},
 		{"run -p auto:80 --api-socket none ls", defaults(func(o *options) {
 			o.command, o.logLevel, o.argv, o.apiSocket = cmdRun, slog.LevelWarn, line("ls"), apiNone
-			o.auto = []portdriver.AutoConfig{{Include: []portdriver.PortRange{{First: 80, Last: 80}}}}
+			o.auto = []portdriver.AutoConfig{{TCP: true, UDP: true, Include: []portdriver.PortRange{{First: 80, Last: 80}}}}
 		})},
 		{"1 --api-socket /s --pprof", defaults(func(o *options) { o.pid, o.apiSocket, o.pprof = 1, "/s", true })},
 		{"port add --socket /s 8080:80 9000", &options{command: cmdAsk, question: &question{verb: "add", socket: "/s", specs: line("8080:80 9000")}}},
