@@ -13,28 +13,35 @@ import (
 // which it needs little again: the pages of text that its start has touched are in the page cache, and cost a fault
 // where they are needed once more.
 
-// spare are the mappings of files that nobody writes.
+// spare are the mappings of files that hold what the file holds, and nothing else.
 type spare []mapping
 
 type mapping struct{ start, size uintptr }
 
 // findSpare reads them once, as a sandbox may close /proc. Without /proc there is nothing to spare.
 func findSpare() (s spare) {
-	maps, err := os.ReadFile("/proc/self/maps")
+	smaps, err := os.ReadFile("/proc/self/smaps")
 	if err != nil {
 		return nil
 	}
-	for line := range strings.Lines(string(maps)) {
+	var m mapping
+	for line := range strings.Lines(string(smaps)) {
 		// 00400000-00a3c000 r-xp 00000000 00:1f 4711 /usr/bin/usernet
+		// ...
+		// Anonymous:             0 kB
 		f := strings.Fields(line)
-		if len(f) < 6 || !strings.HasPrefix(f[5], "/") || strings.Contains(f[1], "w") {
-			continue
-		}
-		from, to, _ := strings.Cut(f[0], "-")
-		start, err1 := strconv.ParseUint(from, 16, 64)
-		end, err2 := strconv.ParseUint(to, 16, 64)
-		if err1 == nil && err2 == nil && start < end {
-			s = append(s, mapping{uintptr(start), uintptr(end - start)})
+		switch {
+		case len(f) >= 5 && len(f[1]) == 4 && !strings.HasSuffix(f[0], ":"):
+			m = mapping{}
+			from, to, _ := strings.Cut(f[0], "-")
+			start, err1 := strconv.ParseUint(from, 16, 64)
+			end, err2 := strconv.ParseUint(to, 16, 64)
+			if err1 == nil && err2 == nil && len(f) > 5 && strings.HasPrefix(f[5], "/") && !strings.Contains(f[1], "w") {
+				m = mapping{uintptr(start), uintptr(end - start)}
+			}
+		case len(f) > 1 && f[0] == "Anonymous:" && f[1] == "0" && m.size > 0:
+			// What was written before it became read-only, as a dynamic linker does, would not come back.
+			s = append(s, m)
 		}
 	}
 	return s
@@ -44,7 +51,7 @@ func findSpare() (s spare) {
 func (s spare) trim() {
 	debug.FreeOSMemory()
 	for _, m := range s {
-		// Private and never written: the same octets come back from the file. An error leaves them where they are.
+		// The same octets come back from the file. An error leaves them where they are.
 		unix.RawSyscall(unix.SYS_MADVISE, m.start, m.size, unix.MADV_DONTNEED)
 	}
 }
