@@ -1,4 +1,4 @@
-// Command bench measures usernet beside slirp4netns, pasta and rootlesskit, on this machine, in one run.
+// Command bench measures usernet beside slirp4netns, pasta, gvisor-tap-vsock and rootlesskit, on this machine, in one run.
 //
 //	container ── tap0 ══ peer ══ host ── veth ── outside
 //	                       203.0.113.1   203.0.113.2
@@ -18,6 +18,6 @@
 // standard input, so that no word of control goes through the network that is measured.
 //
 // The files, in the order in which a run meets them: main, stage, lab, remote (an agent's near end), agent
-// (its far end), tcp, udp and iperf (loads), peer, rootlesskit, contender, axis, proc (CPU, memory, foreign load), run, stats, target,
+// (its far end), tcp, udp and iperf (loads), source, peer, publish, rootlesskit, contender, axis, proc (CPU, memory, foreign load), run, stats, target,
 // report, markdown, plot.
 package main

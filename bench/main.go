@@ -16,6 +16,9 @@ import (
 	"time"
 )
 
+// minDuration is the shortest load: in less a sender may not get the processor at all.
+const minDuration = 50 * time.Millisecond
+
 // options are what the user asked for.
 type options struct {
 	only     *regexp.Regexp
@@ -124,7 +127,7 @@ func parse(args []string, w io.Writer) (options, error) {
 		}
 	}
 	// A minute bounds what a load can keep in memory, and a hundred samples how long a typing error takes.
-	if o.samples < 1 || o.samples > 100 || o.duration < 50*time.Millisecond || o.duration > time.Minute {
+	if o.samples < 1 || o.samples > 100 || o.duration < minDuration || o.duration > time.Minute {
 		return o, errors.New("-samples is 1 to 100 and -duration 50ms to 1m")
 	}
 	if *mtu == "" {

@@ -96,7 +96,7 @@ func (r *runner) choose() error {
 		r.peers = append(r.peers, p)
 		r.report.Versions[p.name] = p.version(r.lab)
 		if !p.publishes(r.lab) {
-			r.report.leaveOut(p.name+", published ports", "it has none yet")
+			r.report.leaveOut(p.name+", published ports", "it has none, or they are not measured")
 		}
 	}
 	for _, name := range limits {
@@ -191,15 +191,15 @@ func (r *runner) limitsIn(t turn) int {
 	return n
 }
 
-// takesPart: the cable is no limit of what does not cross it, and of what comes by it the loopback is one that is asked after
-// for bulk data only.
+// takesPart: the cable is no limit of what does not cross it, and of what does the loopback is one that is asked after for
+// bulk data only.
 func takesPart(limit string, a *axis) bool {
 	switch {
 	case a.fresh:
 		return false
 	case a.route == fromHost:
 		return limit == limitLoopback
-	case a.route == fromAround && limit == limitLoopback:
+	case limit == limitLoopback:
 		return slices.Contains(a.metrics, cpuGiB)
 	}
 	return true
@@ -350,7 +350,7 @@ func (r *runner) observe(ctx context.Context, t turn, make func() (*contender, e
 	if err != nil {
 		return nil, 0, err
 	}
-	values, err := t.axis.measure(ctx, c, r.duration/t.axis.part)
+	values, err := t.axis.measure(ctx, c, max(r.duration/t.axis.part, minDuration))
 	if err != nil {
 		return nil, 0, err
 	}

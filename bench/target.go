@@ -40,6 +40,10 @@ var targets = func() []target {
 		add("tcp-in-"+n, gbits, 1500, "slirp4netns", 4)
 		add("tcp-in-"+n, gbits, 65520, "pasta", 0.66)
 		add("tcp-in-"+n, gbits, 1500, "pasta", 8)
+		for _, way := range []string{"out", "in"} {
+			add("tcp-"+way+"-"+n, gbits, 65520, "gvisor-tap-vsock", 1)
+			add("tcp-"+way+"-"+n, gbits, 1500, "gvisor-tap-vsock", 1)
+		}
 		add("tcp-out-"+n, gbits, 1500, ownBestMTU, 0.85)
 		add("tcp-in-"+n, gbits, 1500, ownBestMTU, 0.85)
 		add("tcp-out-"+n, cpuGiB, 65520, "slirp4netns", 0.6)
@@ -47,10 +51,13 @@ var targets = func() []target {
 	}
 	add("tcp-rr", perSecond, 0, "slirp4netns", 1)
 	add("tcp-crr", perSecond, 0, "slirp4netns", 1)
+	add("tcp-rr", perSecond, 0, "gvisor-tap-vsock", 1)
+	add("tcp-crr", perSecond, 0, "gvisor-tap-vsock", 1)
 	for _, way := range []string{"out", "in"} {
 		for _, size := range []string{"64", "1400"} {
 			add("udp-"+way+"-"+size, perSecond, 0, "slirp4netns", 2)
 			add("udp-"+way+"-"+size, perSecond, 0, "pasta", 1.5)
+			add("udp-"+way+"-"+size, perSecond, 0, "gvisor-tap-vsock", 1)
 		}
 	}
 	for _, way := range []string{"out", "in"} {
