@@ -141,6 +141,13 @@ func listen(ctx context.Context, s server) (string, []*os.File, error) {
 func look(context.Context, struct{}) ([]string, []*os.File, error) {
 	value, err := os.ReadFile(sysctl)
 	out := []string{"sysctl " + strings.TrimSpace(string(value))}
+	for _, version := range []string{"4", "6"} {
+		reflect, err := os.ReadFile("/proc/sys/net/ipv" + version + "/fwmark_reflect")
+		if err != nil {
+			return nil, nil, err
+		}
+		out = append(out, "sysctl of answers without a socket "+strings.TrimSpace(string(reflect)))
+	}
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
 		rules, err := netlink.RuleList(family)
 		if err != nil {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"os"
 	"sync"
@@ -23,14 +22,12 @@ const (
 	// Table is the routing table in which every address is local.
 	Table = 30062
 
-	// PrefChanged and PrefKept are where the rule stands: after "local" (0), and before what a VPN in the
-	// container adds (wg-quick, Tailscale: 5210 and above). Which of them it is remembers what the sysctl was
-	// before us, for whoever finds the rule of a usernet that was killed together with its helper: 0, or 1 already.
+	// PrefChanged to PrefKept is where the rule stands: after "local" (0), and before what a VPN in the
+	// container adds (wg-quick, Tailscale: 5210 and above). Which of them it is remembers what the sysctls were
+	// before us, for whoever finds the rule of a usernet that was killed together with its helper: PrefChanged if they were 0, and one more for each bit of switches that was 1.
 	PrefChanged = 30
-	PrefKept    = 31
+	PrefKept    = PrefChanged + int(allSwitches)
 )
-
-const sysctlPath = "/proc/sys/net/ipv4/tcp_fwmark_accept"
 
 var families = [2]int{unix.AF_INET, unix.AF_INET6}
 
@@ -38,12 +35,12 @@ var families = [2]int{unix.AF_INET, unix.AF_INET6}
 type site struct {
 	mu      sync.Mutex
 	turn    *os.File // see takeTurn
-	sysctl  *os.File // open as long as there is something to undo: a sandbox may allow no other
+	sysctls [len(sysctls)]*os.File
 	begun   bool
-	changed bool // the sysctl was 0
+	changed switches // were 0
 }
 
-// setUp makes rule, route and sysctl. The errors, one per family, say why there is none of it.
+// setUp makes rule, route and sysctls. The errors, one per family, say why there is none of it.
 func (s *site) setUp(ctx context.Context, ipv6 bool) (why [2]error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -58,16 +55,14 @@ func (s *site) setUp(ctx context.Context, ipv6 bool) (why [2]error) {
 		s.turn = takeTurn(ctx)
 		s.adopt(nl)
 	}
-	if s.sysctl == nil {
-		if s.sysctl, err = openSysctl(); err != nil {
-			return none(err)
-		}
+	if err := s.openSysctls(); err != nil {
+		return none(err)
 	}
-	on, err := s.isOn()
+	off, err := s.off()
 	if err != nil {
 		return none(err)
 	}
-	s.changed = s.changed || !on
+	s.changed |= off
 	lo, err := loopback(nl)
 	if err != nil {
 		return none(err)
@@ -75,17 +70,16 @@ func (s *site) setUp(ctx context.Context, ipv6 bool) (why [2]error) {
 	if !ipv6 {
 		why[1] = errNoIPv6
 	}
-	// The rule first: it is the note of what the sysctl was.
+	// The rule first: it is the note of what the sysctls were.
 	for i, family := range families {
 		if why[i] == nil {
 			why[i] = s.addRouting(nl, lo, family)
 		}
 	}
-	if on || why[0] != nil && why[1] != nil {
+	if why[0] != nil && why[1] != nil {
 		return why
 	}
-	if _, err := s.sysctl.WriteAt([]byte("1"), 0); err != nil {
-		err = fmt.Errorf("set the sysctl net.ipv4.tcp_fwmark_accept in the namespace: %w", err)
+	if err := s.write(off, "1"); err != nil {
 		return none(errors.Join(err, s.removeRouting(nl)))
 	}
 	return why
@@ -96,34 +90,12 @@ var errNoIPv6 = errors.New("usernet serves no IPv6 here")
 // adopt takes what a killed one left for our own, with what it knew.
 func (s *site) adopt(nl *netlink.Handle) {
 	for _, family := range families {
-		if nl.RuleDel(rule(family, PrefChanged)) == nil {
-			s.changed = true
+		for pref := PrefChanged; pref <= PrefKept; pref++ {
+			if nl.RuleDel(rule(family, pref)) == nil {
+				s.changed |= allSwitches &^ switches(pref-PrefChanged)
+			}
 		}
-		nl.RuleDel(rule(family, PrefKept))
 	}
-}
-
-func openSysctl() (*os.File, error) {
-	f, err := os.OpenFile(sysctlPath, os.O_RDWR, 0)
-	if errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES) {
-		if f, readErr := os.Open(sysctlPath); readErr == nil { // it may be 1 already
-			return f, nil
-		}
-		return nil, fmt.Errorf("the sysctl net.ipv4.tcp_fwmark_accept (is /proc/sys read-only here?): %w", err)
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("the kernel has no sysctl net.ipv4.tcp_fwmark_accept (or /proc is not mounted): %w", err)
-	}
-	return f, err
-}
-
-func (s *site) isOn() (bool, error) {
-	var raw [16]byte
-	n, err := s.sysctl.ReadAt(raw[:], 0)
-	if n == 0 {
-		return false, fmt.Errorf("read the sysctl net.ipv4.tcp_fwmark_accept: %w", err)
-	}
-	return raw[0] != '0', nil
 }
 
 // loopback is lo's index. It must be up: the kernel drops the routes of a device that goes down.
@@ -158,10 +130,7 @@ func route(family, lo int) *netlink.Route {
 }
 
 func (s *site) addRouting(nl *netlink.Handle, lo, family int) error {
-	pref := PrefKept
-	if s.changed {
-		pref = PrefChanged
-	}
+	pref := PrefChanged + int(allSwitches&^s.changed)
 	if err := nl.RuleAdd(rule(family, pref)); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("rule for mark %#x in the namespace: %w", Mark, explain(family, err))
 	}
@@ -182,8 +151,8 @@ func explain(family int, err error) error {
 	return err
 }
 
-// takeDown undoes setUp: the sysctl if we changed it and it is still so, then routes, then rules, so that
-// what a kill in the midst leaves behind still tells about the sysctl. What the container has removed
+// takeDown undoes setUp: the sysctls that we changed and that are still so, then routes, then rules, so that
+// what a kill in the midst leaves behind still tells about the sysctls. What the container has removed
 // itself is no error.
 func (s *site) takeDown() (err error) {
 	s.mu.Lock()
@@ -191,31 +160,23 @@ func (s *site) takeDown() (err error) {
 	if !s.begun {
 		return nil
 	}
-	if on, readErr := s.readIfOpen(); s.changed && readErr == nil && on {
-		_, err = s.sysctl.WriteAt([]byte("0"), 0)
+	if off, readErr := s.off(); readErr == nil {
+		err = s.write(s.changed&^off, "0")
 	}
 	nl, nlErr := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if nlErr == nil {
 		nlErr = s.removeRouting(nl)
 		nl.Close()
 	}
-	for _, f := range []*os.File{s.sysctl, s.turn} { // others have their turn now
-		if f != nil {
-			f.Close()
-		}
+	s.closeSysctls()
+	if s.turn != nil {
+		s.turn.Close() // others have their turn now
 	}
-	s.sysctl, s.turn, s.begun, s.changed = nil, nil, false, false
+	s.turn, s.begun, s.changed = nil, false, 0
 	if err = errors.Join(err, nlErr); err != nil {
 		return fmt.Errorf("take the routing back: %w", err)
 	}
 	return nil
-}
-
-func (s *site) readIfOpen() (bool, error) {
-	if s.sysctl == nil {
-		return false, nil
-	}
-	return s.isOn()
 }
 
 func (s *site) removeRouting(nl *netlink.Handle) (err error) {
@@ -225,7 +186,7 @@ func (s *site) removeRouting(nl *netlink.Handle) (err error) {
 		}
 	}
 	for _, family := range families {
-		for _, pref := range []int{PrefChanged, PrefKept} {
+		for pref := PrefChanged; pref <= PrefKept; pref++ {
 			err = errors.Join(err, gone(nl.RuleDel(rule(family, pref))))
 		}
 	}
