@@ -48,7 +48,7 @@ var layers = map[string]rule{
 	"stack/ra":   {outside: []string{pcap, xnet}, tests: []string{xsys, "tap/taptest"}},
 
 	"forwarder":       {ours: []string{"stack", "forwarder/relay"}, outside: []string{xsys, xnet, xsync}, tests: []string{"tap/taptest"}},
-	"forwarder/relay": {outside: []string{xsys}},
+	"forwarder/relay": {outside: []string{xsys}, tests: []string{"tap/taptest"}},
 	"portdriver":      {ours: []string{"forwarder/relay", "tap/inside"}, outside: []string{xsys, "github.com/rootless-containers/rootlesskit/v3/pkg/port/..."}, tests: []string{"tap/taptest"}},
 	"api":             {ours: []string{"portdriver"}, outside: []string{xsys, "github.com/rootless-containers/rootlesskit/v3/pkg/..."}, tests: []string{"api/client", "tap/taptest", "forwarder/relay", "github.com/getkin/kin-openapi/...", "github.com/prometheus/..."}},
 	"api/client":      {ours: []string{"api"}},

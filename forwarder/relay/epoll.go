@@ -16,6 +16,12 @@ type Epoll struct {
 	fd   int
 	file *os.File
 	raw  syscall.RawConn
+
+	// Of the Wait that is under way, and what it calls, made once.
+	events []unix.EpollEvent
+	n      int
+	err    error
+	try    func(uintptr) bool
 }
 
 // NewEpoll opens one; Close it.
@@ -26,6 +32,10 @@ func NewEpoll() (*Epoll, error) {
 	}
 	_ = unix.SetNonblock(fd, true) // os.NewFile hands only such to Go's poller
 	e := &Epoll{fd: fd, file: os.NewFile(uintptr(fd), "epoll")}
+	e.try = func(uintptr) bool {
+		e.n, e.err = sysEpollWait(e.fd, e.events, 0)
+		return e.n != 0 || e.err != nil
+	}
 	if e.raw, err = e.file.SyscallConn(); err != nil {
 		return nil, errors.Join(err, e.file.Close())
 	}
@@ -54,18 +64,16 @@ func EventID(ev *unix.EpollEvent) uint64 {
 
 // Wait returns how many of events it has filled: at least one, or 0 when the deadline has passed.
 // One goroutine at a time may wait.
-func (e *Epoll) Wait(events []unix.EpollEvent) (n int, err error) {
-	rerr := e.raw.Read(func(uintptr) bool {
-		n, err = sysEpollWait(e.fd, events, 0)
-		return n != 0 || err != nil
-	})
+func (e *Epoll) Wait(events []unix.EpollEvent) (int, error) {
+	e.events, e.n, e.err = events, 0, nil
+	err := e.raw.Read(e.try)
 	switch {
-	case err != nil:
-		return 0, os.NewSyscallError("epoll_wait", err)
-	case errors.Is(rerr, os.ErrDeadlineExceeded):
+	case e.err != nil:
+		return 0, os.NewSyscallError("epoll_wait", e.err)
+	case errors.Is(err, os.ErrDeadlineExceeded):
 		return 0, nil
 	}
-	return n, rerr
+	return e.n, err
 }
 
 // Poll is Wait without waiting.

@@ -138,6 +138,14 @@ func running(t testing.TB) (l *Loop, stop func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return l, run(t, l)
+}
+
+// patience is how long a test waits for what must come at once.
+const patience = 20 * time.Second
+
+// run runs l until stop, which the end of the test calls too.
+func run(t testing.TB, l *Loop) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- l.Run(ctx) }()
@@ -149,7 +157,7 @@ func running(t testing.TB) (l *Loop, stop func()) {
 		l.Close()
 	})
 	t.Cleanup(stop)
-	return l, stop
+	return stop
 }
 
 // hostPair returns a connected socket for Join, and the connection's other end.
@@ -446,23 +454,6 @@ func (f *fullListener) accept(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		default:
 			t.Fatal(err)
-		}
-	}
-}
-
-func BenchmarkRelayRoundTrip(b *testing.B) {
-	l, _ := running(b)
-	e := newMemoryEnd()
-	fd, peer := hostPair(b)
-	if _, err := l.Join(e, fd, Options{}); err != nil {
-		b.Fatal(err)
-	}
-	buf := make([]byte, 64)
-	b.ReportAllocs()
-	for b.Loop() {
-		e.send(buf, false)
-		if _, err := io.ReadFull(peer, buf); err != nil {
-			b.Fatal(err)
 		}
 	}
 }

@@ -1,0 +1,9 @@
+package relay
+
+import (
+	"testing"
+
+	"usernet/tap/taptest"
+)
+
+func TestMain(m *testing.M) { taptest.Main(m, nil) }
