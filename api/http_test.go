@@ -32,7 +32,6 @@ func addr(s string) netip.Addr { return netip.MustParseAddr(s) }
 func clientAdd(t testing.TB, path string, request api.AddRequest) []api.Forward {
 	t.Helper()
 	c := client.New(path)
-	defer c.Close()
 	fs, err := c.Add(t.Context(), request)
 	if err != nil {
 		t.Fatal(err)
@@ -237,7 +236,6 @@ func TestForwards(t *testing.T) {
 	ports := newFake()
 	path, _ := serve(t, ports)
 	c := client.New(path)
-	defer c.Close()
 	ctx := t.Context()
 	if list, err := c.List(ctx); err != nil || len(list) != 0 {
 		t.Errorf("%v %v", list, err)
@@ -366,7 +364,6 @@ func TestManyForwards(t *testing.T) {
 		t.Errorf("%d are added", n)
 	}
 	c := client.New(path)
-	defer c.Close()
 	var wg sync.WaitGroup
 	for w := range 8 {
 		wg.Go(func() {
@@ -403,7 +400,6 @@ func TestClientGoesBeforeItsRequestRuns(t *testing.T) {
 	blocked := &blockedPorts{fakePorts: ports, entered: make(chan struct{})}
 	path, _ := serve(t, nil, func(c *api.Config) { c.Ports = blocked })
 	c := client.New(path)
-	defer c.Close()
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() {
@@ -439,7 +435,6 @@ func (p *blockedPorts) Add(ctx context.Context, specs ...portdriver.Spec) ([]por
 func TestClientExplains(t *testing.T) {
 	path := socketPath(t)
 	c := client.New(path)
-	defer c.Close()
 	if _, err := c.Info(t.Context()); !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "no usernet") {
 		t.Errorf("%v", err)
 	}

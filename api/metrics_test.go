@@ -27,7 +27,6 @@ func TestMetrics(t *testing.T) {
 		Forwards: []api.Spec{{Proto: "tcp", HostPath: `/run/"x"`, ContainerPort: 1}},
 	})
 	c := client.New(path)
-	defer c.Close()
 	var b bytes.Buffer
 	if err := c.Metrics(t.Context(), &b); err != nil {
 		t.Fatal(err)

@@ -98,7 +98,6 @@ func TestEndWaitsForRequests(t *testing.T) {
 	slow := &slowPorts{fakePorts: newFake(), entered: make(chan struct{}), release: make(chan struct{})}
 	path, stop := serve(t, nil, func(c *api.Config) { c.Ports = slow })
 	c := client.New(path)
-	defer c.Close()
 	answer := make(chan error, 1)
 	go func() {
 		_, err := c.List(t.Context())

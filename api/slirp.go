@@ -83,9 +83,9 @@ func readSlirp(r io.Reader) (map[string]any, error) {
 	case limited.N <= 0:
 		return nil, errSlirp("too large message")
 	case err == nil:
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.As(err, new(*json.SyntaxError)):
-		return nil, errSlirp("cannot parse JSON")
-	case isTimeout(err):
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.As(err, new(*json.SyntaxError)),
+		errors.As(err, new(*json.UnmarshalTypeError)), // a number that is none, as 1e700
+		isTimeout(err):
 		return nil, errSlirp("cannot parse JSON")
 	default:
 		return nil, err

@@ -70,6 +70,7 @@ func TestSlirp(t *testing.T) {
 		{"order of checks", addWith(`{"proto":"x","host_addr":"x","guest_port":0}`), bad("add_hostfwd: bad arguments.proto")},
 		{"no JSON", `hello`, bad("cannot parse JSON")},
 		{"broken JSON", `{"execute":}`, bad("cannot parse JSON")},
+		{"no number", `{"execute":"x","arguments":{"id":1e700}}`, bad("cannot parse JSON")},
 		{"list", `[1]`, bad("json_object() failed")},
 		{"number", `17 `, bad("json_object() failed")},
 		{"no execute", `{}`, bad("no execute found")},

@@ -31,11 +31,10 @@ func New(path string) *Client {
 	return &Client{path: path, http: &http.Client{Transport: &http.Transport{
 		DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return d.DialContext(ctx, "unix", path) },
 		DisableCompression: true,
+		// A connection costs little here, and one kept alive may end just when the next request is sent.
+		DisableKeepAlives: true,
 	}}}
 }
-
-// Close closes idle connections. The Client can be used again.
-func (c *Client) Close() { c.http.CloseIdleConnections() }
 
 // Info tells what runs and how.
 func (c *Client) Info(ctx context.Context) (info api.Info, err error) {
@@ -119,24 +118,26 @@ func (c *Client) request(ctx context.Context, method, path string, in any, read 
 	if err := read(answer.Body); err != nil {
 		return fmt.Errorf("the answer of %s: %w", c.path, err)
 	}
-	_, _ = io.Copy(io.Discard, io.LimitReader(answer.Body, maxError)) // so that the connection can be used again
 	return nil
 }
 
 // explain says what to do about a socket that does not answer.
 func (c *Client) explain(err error) error {
 	err = unwrapURL(err)
-	switch {
-	case errors.Is(err, syscall.ENOENT):
+	dial, ok := errors.AsType[*net.OpError](err)
+	switch dialling := ok && dial.Op == "dial"; {
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return fmt.Errorf("%s: %w", c.path, err)
+	case dialling && errors.Is(err, syscall.ENOENT):
 		return fmt.Errorf("%w: no usernet has its control socket there", err)
-	case errors.Is(err, syscall.ECONNREFUSED):
+	case dialling && errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("%w: the usernet that made this socket has ended", err)
-	case errors.Is(err, syscall.EACCES):
+	case dialling && errors.Is(err, syscall.EACCES):
 		return fmt.Errorf("%w: it belongs to another user", err)
-	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
-		return fmt.Errorf("%s closed the connection without an answer: only the user who started it, and root, may ask: %w", c.path, err)
+	case dialling:
+		return err
 	}
-	return fmt.Errorf("%s: %w", c.path, err)
+	return fmt.Errorf("%s closed the connection without an answer: only the user who started it, and root, may ask: %w", c.path, err)
 }
 
 // unwrapURL takes off what net/http says of the URL, which is none that anybody knows.
