@@ -3,6 +3,7 @@ package portdriver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"time"
 
@@ -30,6 +31,7 @@ type conn struct {
 	client netip.AddrPort // zero: on a unix socket
 	next   int            // of the targets
 	socket int            // inside, being connected; -1: none
+	why    error          // the first target's
 
 	// Under f.mu:
 	cancel context.CancelCauseFunc // of the goroutine's dial
@@ -104,24 +106,30 @@ func (c *conn) dropSocket() {
 
 // dial tries the targets, one after the other, and joins the client to the first that does not refuse; c is
 // the relay's then. Without ctx it does not wait, and returns errWait where it would have to; it goes on from
-// there when it is called again. Else the error is that of the last target.
+// there when it is called again. Else the error is that of the first target.
 func (c *conn) dial(ctx context.Context) error {
 	targets := c.f.to4
 	if c.client.IsValid() && !c.client.Addr().Is4() {
 		targets = c.f.to6
 	}
-	err := errNoPath
 	for ; c.next < len(targets); c.next++ {
 		dst := netip.AddrPortFrom(targets[c.next], c.f.spec.ContainerPort)
-		if err = c.dialOne(ctx, dst); err == nil || err == errWait {
+		err := c.dialOne(ctx, dst)
+		if err == nil || err == errWait {
 			return err
 		}
 		c.dropSocket()
+		if c.why == nil {
+			c.why = fmt.Errorf("dial %v: %w", dst, err)
+		}
 		if ctx != nil && ctx.Err() != nil {
-			return err
+			break
 		}
 	}
-	return err
+	if c.why == nil {
+		return errNoPath
+	}
+	return c.why
 }
 
 // dialOne tries one target, on the path that leads there.
@@ -142,6 +150,7 @@ func (c *conn) dialOne(ctx context.Context, dst netip.AddrPort) error {
 			return err
 		}
 	}
+	c.dropSocket()
 	if ctx == nil {
 		return errWait
 	}
@@ -155,7 +164,7 @@ func (c *conn) dialOne(ctx context.Context, dst netip.AddrPort) error {
 	return c.join(end)
 }
 
-// noSocket is the error of a socket of the namespace that cannot be had.
+// noSocket is the error of a socket of the namespace that cannot be had, or not be used: the stack path is left.
 type noSocket struct{ error }
 
 func (e noSocket) Unwrap() error { return e.error }
@@ -164,7 +173,7 @@ func (e noSocket) Unwrap() error { return e.error }
 func (c *conn) dialKernel(ctx context.Context, kind inside.Kind, src, dst netip.AddrPort) error {
 	d := c.f.d
 	if c.socket >= 0 { // it was begun without ctx
-		return d.await(ctx, c.socket)
+		return c.await(ctx, kind)
 	}
 	// The client's port may be taken in there: by a server of that number, by another forward's connection of
 	// the same client, or by one in TIME-WAIT. Its address is what counts.
@@ -180,10 +189,7 @@ func (c *conn) dialKernel(ctx context.Context, kind inside.Kind, src, dst netip.
 		if err == nil {
 			var done bool
 			if done, err = d.cfg.Loop.StartConnect(fd, dst); !done {
-				if ctx == nil {
-					return errWait
-				}
-				err = d.await(ctx, fd)
+				return c.await(ctx, kind)
 			}
 			if err == nil && !kind.Transparent && selfConnected(fd, dst) {
 				relay.Reset(fd)
@@ -197,6 +203,24 @@ func (c *conn) dialKernel(ctx context.Context, kind inside.Kind, src, dst netip.
 		c.dropSocket()
 		src = netip.AddrPortFrom(src.Addr(), 0)
 	}
+}
+
+// await waits for c.socket's connect; ctx has the deadline. Over lo there is nothing to wait for, unless the machine is
+// busy, the server's queue is full, or the container has taken the routing away that leads back to us.
+func (c *conn) await(ctx context.Context, kind inside.Kind) error {
+	if ctx == nil {
+		return errWait
+	}
+	d := c.f.d
+	if !kind.Transparent {
+		return d.cfg.Loop.AwaitConnect(ctx, c.socket, d.cfg.DialTimeout)
+	}
+	err := d.cfg.Loop.AwaitConnect(ctx, c.socket, min(kernelPatience, d.cfg.DialTimeout))
+	if errors.Is(err, unix.ETIMEDOUT) {
+		d.kit.Doubt()
+		return noSocket{err}
+	}
+	return err
 }
 
 // taken tells the errors of a bind or connect from a port that is in use, or privileged.
@@ -245,14 +269,12 @@ func (d *Driver) socket(ctx context.Context, kind inside.Kind) (int, error) {
 	return fd, nil
 }
 
+// kernelPatience is how long a server over lo may take to answer before the stack path is tried: the time of three SYNs.
+const kernelPatience = 3500 * time.Millisecond
+
 // socketPatience is how long a socket of the namespace is waited for; the stack path is taken then. A
 // batch of them is made in a millisecond.
 const socketPatience = time.Second
-
-// await waits for a connect; ctx has the deadline.
-func (d *Driver) await(ctx context.Context, fd int) error {
-	return d.cfg.Loop.AwaitConnect(ctx, fd, d.cfg.DialTimeout)
-}
 
 // join gives the client, and end or the socket inside, to the relay.
 func (c *conn) join(end relay.End) error {

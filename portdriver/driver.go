@@ -81,6 +81,7 @@ type UDPStats struct {
 type kit interface {
 	Socket(ctx context.Context, kind inside.Kind) (fd int, err error)
 	Transparent(v6 bool) error
+	Doubt()
 	Ready(kind inside.Kind) (fd int, ok bool)
 	Listening(ctx context.Context) ([]inside.Listening, error)
 }

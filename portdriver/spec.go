@@ -45,16 +45,17 @@ func ParseSpec(s string) ([]Spec, error) {
 }
 
 func parseSpec(s string) ([]Spec, error) {
-	rest, ports, proto := cutLast(s)
+	rest, ports, proto, both := cutLast(s)
 	spec := Spec{Proto: proto}
+	isPath := strings.HasPrefix(s, "/") || strings.HasPrefix(s, "./")
+	if isPath && !both {
+		return nil, errors.New("a path is followed by :PORT")
+	}
 	first, last, err := parseRange(ports)
 	if err != nil {
 		return nil, err
 	}
-	if strings.HasPrefix(s, "/") || strings.HasPrefix(s, "./") {
-		if rest == "" {
-			return nil, errors.New("a path is followed by :PORT")
-		}
+	if isPath {
 		spec.HostPath, spec.Container = cutContainer(rest)
 		spec.ContainerPort = first
 		if first != last {
@@ -63,7 +64,7 @@ func parseSpec(s string) ([]Spec, error) {
 		return []Spec{spec}, spec.check()
 	}
 	hostFirst, hostLast := first, last
-	if rest != "" {
+	if both {
 		pieces, err := split(rest)
 		if err != nil {
 			return nil, err
@@ -73,6 +74,8 @@ func parseSpec(s string) ([]Spec, error) {
 		case n == 1: // HOSTPORT
 		case n == 2 && isAddr(pieces[0]): // HOST:HOSTPORT
 			host, pieces = pieces[0], pieces[1:]
+		case n == 2 && !isAddr(pieces[1]) && isRange(pieces[1]): // NAME:HOSTPORT
+			err = notAddr(pieces[0])
 		case n == 2: // HOSTPORT:CONTAINER
 			pieces, spec.Container, err = pieces[:1], parseAddrOrZero(pieces[1]), notAddr(pieces[1])
 		case n == 3: // HOST:HOSTPORT:CONTAINER
@@ -115,17 +118,17 @@ func parseSpec(s string) ([]Spec, error) {
 	return specs, nil
 }
 
-// cutLast takes the last port or range and the protocol off s.
-func cutLast(s string) (rest, ports, proto string) {
+// cutLast takes the last port or range and the protocol off s; both: there is something before.
+func cutLast(s string) (rest, ports, proto string, both bool) {
 	ports = s
 	if i := strings.LastIndexByte(s, ':'); i >= 0 && !strings.Contains(s[i:], "]") {
-		rest, ports = s[:i], s[i+1:]
+		rest, ports, both = s[:i], s[i+1:], true
 	}
 	ports, proto, found := strings.Cut(ports, "/")
 	if !found {
 		proto = "tcp"
 	}
-	return rest, ports, proto
+	return rest, ports, proto, both
 }
 
 // cutContainer takes a container's address off the end of a path.
@@ -207,6 +210,11 @@ func parseRange(s string) (first, last uint16, err error) {
 		return 0, 0, fmt.Errorf("%s is no range of ports: it goes from the lower to the higher, 1 to 65535", s)
 	}
 	return first, last, nil
+}
+
+func isRange(s string) bool {
+	_, _, err := parseRange(s)
+	return err == nil
 }
 
 func parsePort(s string) (uint16, error) {
