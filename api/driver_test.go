@@ -26,7 +26,7 @@ func withDriver(t testing.TB) (path string, d *portdriver.Driver) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, err = portdriver.New(portdriver.Config{Loop: loop, Container4: addr("10.0.2.100"), Gateway4: addr("10.0.2.2"), Log: slog.New(slog.DiscardHandler)})
+	d, err = portdriver.New(portdriver.Config{Loop: loop, MaxFiles: 20_000, Container4: addr("10.0.2.100"), Gateway4: addr("10.0.2.2"), Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -36,6 +36,9 @@ func New(path string) *Client {
 	}}}
 }
 
+// Close lets go of what the Client holds. It can be used again.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
 // Info tells what runs and how.
 func (c *Client) Info(ctx context.Context) (info api.Info, err error) {
 	err = c.do(ctx, http.MethodGet, "info", nil, &info)
