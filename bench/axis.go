@@ -26,6 +26,7 @@ var (
 	cpuOp     = metric{"cpu-µs/op", false}
 	lossPart  = metric{"loss-%", false}
 	idleMiB   = metric{"idle-MiB", false}
+	pssMiB    = metric{"idle-PSS-MiB", false}
 	kibConn   = metric{"KiB/conn", false}
 	kibFlow   = metric{"KiB/flow", false}
 	readyMS   = metric{"ready-ms", false}
@@ -37,7 +38,7 @@ var (
 	kibPort     = metric{"KiB/port", false}
 )
 
-var allMetrics = []metric{gbits, cpuGiB, perSecond, p50, p99, cpuOp, lossPart, sourceKept, idleMiB, kibConn, kibFlow, readyMS,
+var allMetrics = []metric{gbits, cpuGiB, perSecond, p50, p99, cpuOp, lossPart, sourceKept, idleMiB, pssMiB, kibConn, kibFlow, readyMS,
 	addSeconds, listSeconds, bothSeconds, kibPort}
 
 // An axis is something measured of a contender. NaN is a value that a contender does not have.
@@ -102,11 +103,11 @@ var axes = func() []*axis {
 	}
 	return append(all,
 		&axis{name: "pub-many", title: fmt.Sprintf("%d ports published one after the other while it runs, and listed (pasta: at its start; one sample where it takes over 5 s)", manyPorts), route: fromHost, fresh: true, many: true, part: 1,
-			metrics: []metric{addSeconds, listSeconds, bothSeconds, kibPort}, measure: measureMany},
+			metrics: []metric{addSeconds, listSeconds, bothSeconds, idleMiB, pssMiB, kibPort}, measure: measureMany},
 		&axis{name: "rss-tcp", title: fmt.Sprintf("memory idle, and more for each of %d idle TCP connections", idleConns), fresh: true, quick: true, part: 1,
-			metrics: []metric{idleMiB, kibConn}, measure: measureMemory("tcp-hold", idleConns, kibConn)},
+			metrics: []metric{idleMiB, pssMiB, kibConn}, measure: measureMemory("tcp-hold", idleConns, kibConn)},
 		&axis{name: "rss-udp", title: fmt.Sprintf("memory for each of %d UDP flows", idleFlows), fresh: true, quick: true, part: 1,
-			metrics: []metric{idleMiB, kibFlow}, measure: measureMemory("udp-hold", idleFlows, kibFlow)},
+			metrics: []metric{idleMiB, pssMiB, kibFlow}, measure: measureMemory("udp-hold", idleFlows, kibFlow)},
 		&axis{name: "startup", title: "from exec until it says that it is ready", fresh: true, quick: true, part: 1,
 			metrics: []metric{readyMS}, measure: measureStartup},
 	)
@@ -269,6 +270,10 @@ func measureMemory(op string, count int, per metric) func(context.Context, *cont
 		if err != nil {
 			return nil, err
 		}
+		shared, err := c.account.pss()
+		if err != nil {
+			return nil, err
+		}
 		held := c.client.start(op, holdParams{To: netip.AddrPortFrom(c.addr, echoPorts[0]), Count: count})
 		if err := held.waitReady(ctx); err != nil {
 			return nil, err
@@ -277,7 +282,7 @@ func measureMemory(op string, count int, per metric) func(context.Context, *cont
 		if err := errors.Join(err, held.release(ctx)); err != nil {
 			return nil, err
 		}
-		return map[string]float64{idleMiB.unit: float64(idle) / (1 << 20), per.unit: float64(loaded-idle) / 1024 / float64(count)}, nil
+		return map[string]float64{idleMiB.unit: float64(idle) / (1 << 20), pssMiB.unit: shared / (1 << 20), per.unit: float64(loaded-idle) / 1024 / float64(count)}, nil
 	}
 }
 

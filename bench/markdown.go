@@ -38,7 +38,7 @@ func (r *report) conditions(b *strings.Builder) {
 	fmt.Fprintf(b, "\n- Peers and containers are run by %s.\n", r.Home)
 	fmt.Fprintf(b, "- Medians of %d samples of %s (round trips half of it, floods a quarter), in turns; in parentheses min and max. Bulk TCP by iperf3, in whole seconds; "+
 		"the rest by bench's own clients and servers (UDP by sendmmsg of %d and recvmmsg of %d, without UDP_SEGMENT).\n", r.Samples, r.Duration, sendBatch, recvBatch)
-	fmt.Fprintf(b, "- CPU is the network process's, user and system, from /proc/PID/stat with all threads and helper processes; memory is VmRSS, summed over the same.\n")
+	fmt.Fprintf(b, "- CPU is the network process's, user and system, from /proc/PID/stat with all threads and helper processes; memory is VmRSS, summed over the same, in which pages that they share count twice; PSS counts them once.\n")
 	fmt.Fprintf(b, "- Other processes used %.1f %% of the machine's CPU before; %s\n", 100*r.ForeignBefore, r.disturbed())
 	for _, s := range r.LeftOut {
 		fmt.Fprintf(b, "- Left out: %s\n", s)

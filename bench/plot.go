@@ -49,7 +49,7 @@ func (r *report) charts() []chart {
 		chart{"published-p99", "Published ports: latency, 99th percentile", p99, 0, publishedTrips},
 		chart{"published-udp", "Published ports: UDP datagrams that arrive", perSecond, 0, publishedFloods},
 		chart{"published-many", fmt.Sprintf("%d ports published", manyPorts), addSeconds, 0, []string{"pub-many"}},
-		chart{"memory", "Memory when idle", idleMiB, 0, []string{"rss-tcp"}},
+		chart{"memory", "Memory when idle, without and with a way to publish ports", idleMiB, 0, []string{"rss-tcp", "pub-many"}},
 		chart{"memory-conn", "Memory of an idle TCP connection", kibConn, 0, []string{"rss-tcp"}},
 		chart{"memory-flow", "Memory of a UDP flow", kibFlow, 0, []string{"rss-udp"}},
 		chart{"startup", "From exec to ready", readyMS, 0, []string{"startup"}})

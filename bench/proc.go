@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -155,10 +156,38 @@ func (a account) rss() (sum int64, err error) {
 	return sum, nil
 }
 
+// pss is the same with each page that several processes share counted once, among all of them. The kernel tells it only to those
+// who might trace the process: NaN where that is not we.
+func (a account) pss() (float64, error) {
+	ours, err := a.processes()
+	if err != nil {
+		return 0, err
+	}
+	var sum int64
+	for pid := range ours {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+		if errors.Is(err, os.ErrPermission) {
+			return math.NaN(), nil
+		}
+		if err != nil {
+			continue // it has ended
+		}
+		n, err := parseKiB(text, "Pss:")
+		if err != nil {
+			return 0, err
+		}
+		sum += n
+	}
+	return float64(sum), nil
+}
+
 // parseRSS reads VmRSS of /proc/PID/status, in octets. A zombie has none.
-func parseRSS(text []byte) (int64, error) {
+func parseRSS(text []byte) (int64, error) { return parseKiB(text, "VmRSS:") }
+
+// parseKiB reads the line that begins with name, in octets.
+func parseKiB(text []byte, name string) (int64, error) {
 	for line := range strings.Lines(string(text)) {
-		if value, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+		if value, ok := strings.CutPrefix(line, name); ok {
 			n, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
 			return n << 10, err
 		}

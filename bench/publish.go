@@ -157,6 +157,10 @@ func measureMany(ctx context.Context, c *contender, _ time.Duration) (map[string
 	if err != nil {
 		return nil, err
 	}
+	shared, err := c.account.pss()
+	if err != nil {
+		return nil, err
+	}
 	api := c.manage(c.instance.socket)
 	defer api.close()
 	begin := time.Now()
@@ -177,7 +181,7 @@ func measureMany(ctx context.Context, c *contender, _ time.Duration) (map[string
 	full, err := rssAfter(ctx, c, settle)
 	return map[string]float64{
 		addSeconds.unit: added.Sub(begin).Seconds(), listSeconds.unit: listed.Sub(added).Seconds(), bothSeconds.unit: listed.Sub(begin).Seconds(),
-		kibPort.unit: float64(full-idle) / 1024 / manyPorts,
+		idleMiB.unit: float64(idle) / (1 << 20), pssMiB.unit: shared / (1 << 20), kibPort.unit: float64(full-idle) / 1024 / manyPorts,
 	}, errors.Join(err, ctx.Err())
 }
 

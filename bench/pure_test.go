@@ -130,6 +130,9 @@ func TestParseStat(t *testing.T) {
 	if n, err := parseRSS([]byte("Name:\tx\nVmRSS:\t    2048 kB\n")); n != 2<<20 || err != nil {
 		t.Errorf("%d, %v", n, err)
 	}
+	if n, err := parseKiB([]byte("Rss:                2048 kB\nPss:                1024 kB\nPss_Dirty:   7 kB\n"), "Pss:"); n != 1<<20 || err != nil {
+		t.Errorf("%d, %v", n, err)
+	}
 	if d, err := parseStolen([]byte("cpu  1 2 3 4 5 6 7 250 0 0\ncpu0 1\n")); d != 2500*time.Millisecond || err != nil {
 		t.Errorf("%v, %v", d, err)
 	}
@@ -152,11 +155,22 @@ func TestAccounts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	defer cmd.Wait()
 	defer in.Close()
+	// Once it has answered it has all its memory.
+	if _, err := in.Write([]byte{'\n'}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := out.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
 	with, err := account{roots: []int{os.Getpid()}}.processes()
 	if _, there := with[cmd.Process.Pid]; err != nil || !there {
 		t.Errorf("the child is not in %v, %v", with, err)
@@ -167,6 +181,14 @@ func TestAccounts(t *testing.T) {
 	}
 	if rss, err := (account{roots: []int{cmd.Process.Pid}}).rss(); err != nil || rss == 0 {
 		t.Errorf("cat has %d octets, %v", rss, err)
+	}
+	// cat shares its pages with nobody, or with other cats.
+	rss, err := account{roots: []int{cmd.Process.Pid}}.rss()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if pss, err := (account{roots: []int{cmd.Process.Pid}}).pss(); err != nil || pss <= 0 || pss > float64(rss) {
+		t.Errorf("cat's share is %v of %d octets, %v", pss, rss, err)
 	}
 	if _, err := (account{roots: []int{1 << 30}}).cpu(); err == nil {
 		t.Error("the CPU of nobody is known")
