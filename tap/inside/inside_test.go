@@ -34,9 +34,7 @@ var testOps = netns.Ops{
 	"range": netns.Handle(func(_ context.Context, value string) (struct{}, []*os.File, error) {
 		return struct{}{}, nil, os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte(value), 0)
 	}),
-	"write": netns.Handle(func(_ context.Context, value string) (struct{}, []*os.File, error) {
-		return struct{}{}, nil, os.WriteFile(sysctl, []byte(value), 0)
-	}),
+	"set": netns.Handle(set),
 	"squat": netns.Handle(func(context.Context, struct{}) (struct{}, []*os.File, error) {
 		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
@@ -47,7 +45,17 @@ var testOps = netns.Ops{
 	}),
 }
 
-const sysctl = "/proc/sys/net/ipv4/tcp_fwmark_accept"
+var sysctls = []string{
+	"/proc/sys/net/ipv4/tcp_fwmark_accept", "/proc/sys/net/ipv4/fwmark_reflect", "/proc/sys/net/ipv6/fwmark_reflect",
+}
+
+// set gives them values, the first that of the lowest bit.
+func set(_ context.Context, bits int) (_ struct{}, _ []*os.File, err error) {
+	for i, name := range sysctls {
+		err = errors.Join(err, os.WriteFile(name, []byte{'0' + byte(bits>>i&1)}, 0))
+	}
+	return struct{}{}, nil, err
+}
 
 func TestMain(m *testing.M) {
 	ops := inside.Ops()
@@ -138,15 +146,13 @@ func listen(ctx context.Context, s server) (string, []*os.File, error) {
 }
 
 // look says all that a Kit might change, line by line.
-func look(context.Context, struct{}) ([]string, []*os.File, error) {
-	value, err := os.ReadFile(sysctl)
-	out := []string{"sysctl " + strings.TrimSpace(string(value))}
-	for _, version := range []string{"4", "6"} {
-		reflect, err := os.ReadFile("/proc/sys/net/ipv" + version + "/fwmark_reflect")
+func look(context.Context, struct{}) (out []string, _ []*os.File, _ error) {
+	for _, name := range sysctls {
+		value, err := os.ReadFile(name)
 		if err != nil {
 			return nil, nil, err
 		}
-		out = append(out, "sysctl of answers without a socket "+strings.TrimSpace(string(reflect)))
+		out = append(out, name+" "+strings.TrimSpace(string(value)))
 	}
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
 		rules, err := netlink.RuleList(family)
@@ -168,11 +174,11 @@ func look(context.Context, struct{}) ([]string, []*os.File, error) {
 		}
 	}
 	slices.Sort(out)
-	return out, nil, err
+	return out, nil, nil
 }
 
 // spoil removes all that is ours.
-func spoil(context.Context, struct{}) (struct{}, []*os.File, error) {
+func spoil(ctx context.Context, _ struct{}) (struct{}, []*os.File, error) {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return struct{}{}, nil, err
@@ -185,8 +191,10 @@ func spoil(context.Context, struct{}) (struct{}, []*os.File, error) {
 			}
 		}
 	}
-	return struct{}{}, nil, errors.Join(err, netlink.LinkSetDown(lo), netlink.LinkSetUp(lo), // which loses the routes
-		os.WriteFile(sysctl, []byte("0"), 0))
+	if err := errors.Join(err, netlink.LinkSetDown(lo), netlink.LinkSetUp(lo)); err != nil { // which loses the routes
+		return struct{}{}, nil, err
+	}
+	return set(ctx, 0)
 }
 
 // A box is a container's namespace with a Kit in it.
@@ -257,6 +265,11 @@ func (b *box) do(t testing.TB, name string, args, reply any) []*os.File {
 		t.Fatal(err)
 	}
 	return files
+}
+
+func (b *box) set(t *testing.T, bits int) {
+	t.Helper()
+	b.do(t, "set", bits, nil)
 }
 
 func (b *box) look(t *testing.T) (lines []string) {

@@ -30,10 +30,10 @@ var ourRule = fmt.Sprintf("rule 2 mark %#x", inside.Mark)
 
 func TestCloseRestores(t *testing.T) {
 	for _, owner := range taptest.Owners {
-		for _, sysctl := range []string{"0", "1"} {
-			t.Run(owner.String()+" "+sysctl, func(t *testing.T) {
+		for i := range 1 << len(sysctls) { // each of them on or off before
+			t.Run(fmt.Sprintf("%s %b", owner, i), func(t *testing.T) {
 				b := newBox(t, owner)
-				b.do(t, "write", sysctl, nil)
+				b.set(t, i)
 				was := b.look(t)
 				for range 2 {
 					end := b.open(t, inside.Config{IPv6: true})
@@ -41,11 +41,11 @@ func TestCloseRestores(t *testing.T) {
 						t.Fatal(err)
 					}
 					is := b.look(t)
-					if !has(is, ourRule) || !has(is, "sysctl 1") {
+					if !has(is, ourRule) || !has(is, sysctls[0]+" 1") {
 						t.Fatalf("there is no rule or no sysctl:\n%s", strings.Join(is, "\n"))
 					}
 					for _, line := range was {
-						if !strings.HasPrefix(line, "sysctl") && !slices.Contains(is, line) {
+						if !strings.HasPrefix(line, "/proc") && !slices.Contains(is, line) {
 							t.Errorf("what the container had is gone: %s", line)
 						}
 					}
@@ -204,10 +204,10 @@ func TestKilledParent(t *testing.T) {
 
 // Where the helper is killed too, all is left as it was, and the next one knows what the sysctl was before.
 func TestKilledBoth(t *testing.T) {
-	for _, sysctl := range []string{"0", "1"} {
+	for i := range 1 << len(sysctls) { // each of them on or off before
 		space := taptest.NewNS(t, taptest.OwnerRoot)
 		b := boxOf(t, space.PID)
-		b.do(t, "write", sysctl, nil)
+		b.set(t, i)
 		was := b.look(t)
 		cmd, helper := startVictim(t, space.PID)
 		if err := helper.Kill(); err != nil {
@@ -218,7 +218,7 @@ func TestKilledBoth(t *testing.T) {
 		cmd.Process.Kill()
 		cmd.Wait()
 		left := b.look(t)
-		if !has(left, ourRule) || !has(left, "sysctl 1") {
+		if !has(left, ourRule) || !has(left, sysctls[0]+" 1") {
 			t.Fatalf("nothing is left:\n%s", strings.Join(left, "\n"))
 		}
 		end := b.open(t, inside.Config{IPv6: true})
@@ -235,6 +235,7 @@ func TestTakesTurns(t *testing.T) {
 	b := boxOf(t, space.PID)
 	cmd, helper := startVictim(t, space.PID)
 	defer helper.Release()
+	defer helper.Kill()                                 // where the test fails before it goes on
 	if err := helper.Signal(unix.SIGSTOP); err != nil { // it is slow to end
 		t.Fatal(err)
 	}
@@ -254,7 +255,7 @@ func TestTakesTurns(t *testing.T) {
 	}
 	<-opened
 	gone(t, helper.Pid)
-	if is := b.look(t); !has(is, ourRule) || !has(is, "sysctl 1") {
+	if is := b.look(t); !has(is, ourRule) || !has(is, sysctls[0]+" 1") {
 		t.Errorf("the old helper undid what the new one did:\n%s", strings.Join(is, "\n"))
 	}
 }

@@ -222,3 +222,19 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+func BenchmarkListening(b *testing.B) {
+	space := taptest.NewNS(b, taptest.OwnerRoot)
+	x := &box{ns: openNS(b, space.PID), within: openNS(b, space.PID)}
+	x.do(b, "furnish", struct{}{}, nil)
+	x.open(b, inside.Config{})
+	for _, f := range x.do(b, "many", 50, nil) {
+		defer f.Close()
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if l, err := x.Listening(b.Context()); len(l) != 50 || err != nil {
+			b.Fatal(len(l), err)
+		}
+	}
+}

@@ -117,6 +117,20 @@ func (b *box) testSource(t *testing.T) {
 		}
 		unix.Close(fd)
 		l.Close()
+		// The port is closed now, and says so to the client's own address as well.
+		again, err := b.Socket(t.Context(), kind)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if kind.Transparent {
+			if err := unix.Bind(again, sockaddr(netip.AddrPortFrom(from.Addr(), uint16(41000+i)))); err != nil {
+				t.Fatalf("%s: bind: %v", name, err)
+			}
+		}
+		if err := connect(again, dial); !errors.Is(err, unix.ECONNREFUSED) {
+			t.Errorf("%s: where nobody listens any more: %v, want ECONNREFUSED", name, err)
+		}
+		unix.Close(again)
 	}
 }
 
@@ -171,6 +185,7 @@ func (b *box) listen(t *testing.T, network, addr string) net.Listener {
 	t.Helper()
 	files := b.do(t, "listen", server{network, addr}, nil)
 	defer files[0].Close()
+	b.do(t, "pid", struct{}{}, nil) // the helper closes its own descriptor before it does the next thing
 	l, err := net.FileListener(files[0])
 	if err != nil {
 		t.Fatal(err)
