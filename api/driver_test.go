@@ -187,7 +187,7 @@ func BenchmarkForwards(b *testing.B) {
 	path, d := withDriver(b)
 	c := client.New(path)
 	for b.Loop() {
-		added, err := c.Add(b.Context(), api.AddRequest{Publish: []string{"127.0.0.1:40000-49999:40000-49999"}})
+		added, err := c.Add(b.Context(), api.AddRequest{Publish: []string{"127.0.0.1:20000-29999:20000-29999"}})
 		if err != nil {
 			b.Skipf("this machine does not give 10 000 ports: %v", err)
 		}
