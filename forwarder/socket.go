@@ -175,7 +175,8 @@ func (s *sender) appendPart(payload [][]byte, off, n int) {
 // push sends what s holds through sock, as a train where segment is not 0.
 //
 // An error that an earlier datagram met with, perhaps for another destination, is waiting in the
-// socket and would fail this one: it is told to the container and the datagram sent again.
+// socket and would fail this one: it is told to the container and the datagram sent again. Somebody else may
+// have read it just before us, so an error that nothing waiting explains is believed the second time.
 func (f *Forwarder) push(s *sender, sock *socket, segment int) unix.Errno {
 	n := s.ctlLen
 	if segment > 0 {
@@ -191,10 +192,15 @@ func (f *Forwarder) push(s *sender, sock *socket, segment int) unix.Errno {
 		s.hdr.Iov = &s.iov[0]
 	}
 	// More than one may come in while we send; a few tries are plenty.
-	for tries := 4; ; tries-- {
+	for tries, unexplained := 4, 0; ; tries-- {
 		e := sendmsg(sock.fd, &s.hdr, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
-		if e == 0 || e == unix.EAGAIN || tries == 0 || !f.readErrors(&s.errs, sock) {
+		if e == 0 || e == unix.EAGAIN || tries == 0 {
 			return e
+		}
+		if !f.readErrors(&s.errs, sock) {
+			if unexplained++; unexplained > 1 {
+				return e
+			}
 		}
 	}
 }

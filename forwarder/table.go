@@ -131,7 +131,7 @@ func (t *table) insert(fl *flow, now int64) (existing, evicted *flow, ok bool) {
 	full := o != nil && t.share > 0 && o.flows >= t.share
 	if full || len(t.flows) >= t.limit {
 		victim := t.busy[0]
-		if full || o != nil && o.flows+1 > victim.flows {
+		if o != nil && o.flows+1 > victim.flows {
 			victim = o // with the new flow it has most
 		}
 		evicted = victim.oldest(nil)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"runtime"
 	"sync"
 	"testing"
 
@@ -38,7 +39,13 @@ func TestTakeUDPPort(t *testing.T) {
 			}
 		}
 	})
-	check(t, c.f.TakeUDPPort(web4.Port(), func() error { return unix.Bind(fd, sockaddr(at)) }))
+	check(t, c.f.TakeUDPPort(web4.Port(), func() error {
+		if c.f.taking.TryRLock() {
+			c.f.taking.RUnlock()
+			t.Error("a flow could begin")
+		}
+		return unix.Bind(fd, sockaddr(at))
+	}))
 	close(stop)
 	wg.Wait()
 	p, err := c.f.PublishUDP(fd, web4)
@@ -62,6 +69,25 @@ func TestTakeUDPPort(t *testing.T) {
 	if st := p.Stats(); st.In != 1 || st.Out != 1 {
 		t.Errorf("counted %+v", st)
 	}
+	// Somebody at work on the flow is waited for.
+	other := netip.AddrPortFrom(me4.Addr(), 8001)
+	c.send(other, s.gateway(), "other")
+	s.expect("other")
+	fl := c.f.udp.table.get(flowKey{proto: protoUDP, src: other})
+	taken := make(chan error)
+	go func() {
+		taken <- c.f.TakeUDPPort(8001, func() error {
+			if fl.sock.refs.Load() > 0 {
+				t.Error("bound while a flow's socket was open")
+			}
+			return nil
+		})
+	}()
+	for c.f.udp.table.len() > 1 {
+		runtime.Gosched()
+	}
+	fl.release()
+	check(t, <-taken)
 	// The caller's error is the caller's.
 	if err := c.f.TakeUDPPort(web4.Port(), func() error { return unix.EADDRINUSE }); !errors.Is(err, unix.EADDRINUSE) {
 		t.Errorf("got %v", err)
