@@ -54,9 +54,9 @@ var layers = map[string]rule{
 		// The tests run the whole way, from a client to a server in a container.
 		tests: []string{"tap", "tap/netns", "tap/taptest", "stack", "forwarder", xnet, "github.com/rootless-containers/rootlesskit/v3/pkg/api"},
 	},
-	"api":             {ours: []string{"portdriver"}, outside: []string{xsys, "github.com/rootless-containers/rootlesskit/v3/pkg/..."}, tests: []string{"api/client", "tap/taptest", "forwarder/relay", "github.com/getkin/kin-openapi/...", "github.com/prometheus/..."}},
-	"api/client":      {ours: []string{"api"}},
-	"network":         {ours: []string{"tap/...", "stack", "portdriver"}, outside: []string{xsys}},
+	"api":        {ours: []string{"portdriver"}, outside: []string{xsys, "github.com/rootless-containers/rootlesskit/v3/pkg/..."}, tests: []string{"api/client", "tap/taptest", "forwarder/relay", "github.com/getkin/kin-openapi/...", "github.com/prometheus/..."}},
+	"api/client": {ours: []string{"api"}},
+	"network":    {ours: []string{"tap/...", "stack", "portdriver"}, outside: []string{xsys}},
 
 	// It is the wiring, so it sees everything of ours, but not what the others hide.
 	"cmd/usernet": {
