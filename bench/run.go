@@ -15,6 +15,9 @@ import (
 const (
 	// maxRepeats is how often a sample is taken again because of foreign load.
 	maxRepeats = 2
+	// repeatShare is how many of all samples are repeated, so that a busy machine does not double the time of a run: there repeats
+	// are worth no more than what they repeat.
+	repeatShare = 0.1
 	// maxErrors is how many samples of an axis a contender may fail before it is left out of the axis, and how many
 	// times in a row a peer may fail to start before it is left out of the rest.
 	maxErrors = 2
@@ -34,6 +37,7 @@ type runner struct {
 	sighted  map[string]bool      // whose clients' addresses are known, by the peer's name
 	done     int
 	total    int
+	repeated int
 }
 
 // run measures all that o asks for, and writes the report: also of what there is when it was interrupted.
@@ -295,14 +299,15 @@ func (r *runner) one(ctx context.Context, t turn, i int, name string, make func(
 		return
 	}
 	repeats := maxRepeats
-	if r.quick {
-		repeats = 0 // it has its three minutes
+	if r.quick || float64(r.repeated) > repeatShare*float64(r.total) {
+		repeats = 0 // the time of a run is promised
 	}
 	var best map[string]float64
 	foreign := math.Inf(1)
 	for try := 0; try <= repeats && foreign > r.foreign; try++ {
 		if try > 0 {
 			row.Repeated++
+			r.repeated++
 			if t.axis.fresh {
 				r.stop(name)
 			}
