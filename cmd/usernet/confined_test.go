@@ -219,8 +219,19 @@ func testConfined(t *testing.T, user *syscall.Credential, missing string) {
 	}
 	cmd.Env = []string{roleVariable + "=confined", "USERNET_TEST_WITHOUT=" + missing}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: user}
-	var stderr strings.Builder
-	cmd.Stderr = &stderr
+	log, err := os.CreateTemp(t.TempDir(), "stderr") // a file: what was written before the answer is there when that is
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	cmd.Stderr = log
+	stderr := func() string {
+		text, err := os.ReadFile(log.Name())
+		if err != nil {
+			t.Error(err)
+		}
+		return string(text)
+	}
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -236,7 +247,7 @@ func testConfined(t *testing.T, user *syscall.Credential, missing string) {
 		stdin.Close()
 		err := cmd.Wait()
 		if err != nil || t.Failed() {
-			t.Errorf("%v\n%s", err, &stderr)
+			t.Errorf("%v\n%s", err, stderr())
 		}
 	}()
 	in := json.NewDecoder(stdout)
@@ -244,12 +255,12 @@ func testConfined(t *testing.T, user *syscall.Credential, missing string) {
 	if err := in.Decode(&tried); err != nil {
 		t.Fatal(err)
 	}
-	refused := func(part string) bool { return strings.Contains(stderr.String(), "part="+part+" error=") }
+	refused := func(part string) bool { return strings.Contains(stderr(), "part="+part+" error=") }
 	landlock := !refused("landlock")
 	for call, part := range map[string]string{"landlock_create_ruleset": "landlock", "chroot": "root", "capset": "capabilities"} {
 		// A plain user does not even try to chroot.
 		if tried := part != "root" || user == nil && hasCaps(unix.CAP_SYS_CHROOT); missing == call && tried && !refused(part) {
-			t.Errorf("no word about %s:\n%s", part, &stderr)
+			t.Errorf("no word about %s:\n%s", part, stderr())
 		}
 	}
 	want := map[string]string{

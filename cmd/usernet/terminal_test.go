@@ -10,6 +10,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -130,6 +131,8 @@ func (s *screen) expect(text string) {
 	s.t.Helper()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	deadline := time.Now().Add(patience)
+	defer time.AfterFunc(patience+time.Second, s.changed.Broadcast).Stop()
 	for {
 		if i := strings.Index(s.text.String(), text); i >= 0 {
 			s.text.Next(i + len(text))
@@ -138,9 +141,15 @@ func (s *screen) expect(text string) {
 		if s.ended {
 			s.t.Fatalf("the terminal never showed %q, but\n%s", text, &s.text)
 		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("the terminal does not show %q, but\n%s", text, &s.text)
+		}
 		s.changed.Wait()
 	}
 }
+
+// patience is far beyond what anything here takes; what is not shown then never will be.
+const patience = 15 * time.Second
 
 // end waits until nothing can appear any more.
 func (s *screen) end() {
@@ -186,6 +195,7 @@ func TestTerminalStopUnderShell(t *testing.T) {
 	s.expect("ready")
 	s.press("\x1a")
 	s.expect("Stopped")
+	s.expect("> ") // what is typed while the terminal changes hands may be lost
 	s.press("echo the shell h\"\"as it\n")
 	s.expect("the shell has it")
 	s.press("fg\n")
