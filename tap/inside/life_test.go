@@ -57,6 +57,18 @@ func TestCloseRestores(t *testing.T) {
 	}
 }
 
+// Where a thread of ours may enter, and nobody asked for a helper, none is needed.
+func TestWithoutHelper(t *testing.T) {
+	space := taptest.NewNS(t, taptest.OwnerRoot)
+	b := boxOf(t, space.PID)
+	b.ns = space.Open(t)
+	was := b.look(t)
+	end := b.open(t, inside.Config{IPv6: true})
+	b.testSource(t)
+	end()
+	b.same(t, was, "after Close")
+}
+
 // What the container does to it is its own affair, and Close says nothing.
 func TestContainerInterferes(t *testing.T) {
 	b := newBox(t, taptest.OwnerRoot)
@@ -239,6 +251,13 @@ func TestTakesTurns(t *testing.T) {
 	if err := helper.Signal(unix.SIGSTOP); err != nil { // it is slow to end
 		t.Fatal(err)
 	}
+	waitFor(t, "the stop of all threads", func() bool {
+		stats, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", helper.Pid))
+		return !slices.ContainsFunc(stats, func(name string) bool {
+			_, state, _ := strings.Cut(read(t, name), ") ")
+			return !strings.HasPrefix(state, "T")
+		})
+	})
 	cmd.Process.Kill()
 	cmd.Wait()
 	opened := make(chan struct{})
