@@ -14,6 +14,18 @@ const (
 	containerSide = 1
 )
 
+const (
+	// What is read from a side at once, octets. It begins with firstRead, doubles whenever the other side takes
+	// all of so much, and becomes what that takes when it is less: a fast stream is moved in as few system calls
+	// and wake-ups of its ends as the kernel's own buffers allow, and a slow one leaves little to keep.
+	leastRead = 4 << 10
+	firstRead = 256 << 10
+	mostRead  = 4 << 20 // what net.ipv4.tcp_wmem lets a socket hold; and as much a direction may move in a turn
+
+	// heldRead is the most that is read at once, octets, while the rests of a Loop together have reached maxHeld.
+	heldRead = 64 << 10
+)
+
 // pair is a connection of which both ends are sockets of the kernel.
 //
 //	host ── recv ─▶ the worker's buffer ── send ─▶ container        FIN: shutdown(SHUT_WR)   RST: close with linger 0
@@ -38,6 +50,7 @@ type side struct {
 	fd       int
 	events   uint32 // of epoll, since the last pump
 	rest     rest   // was read here; the other side has not taken it yet
+	most     int    // to be read here at once
 	readable bool   // it may have octets or its end
 	writable bool   // it may take octets
 	thorough bool   // a short read does not tell that there is no more
@@ -56,7 +69,7 @@ func (l *Loop) JoinSockets(host, container int, o Options) (*Joint, error) {
 	for i, fd := range [2]int{host, container} {
 		tcp := prepare(fd)
 		// A read of an AF_UNIX socket is short also where descriptors came with the octets.
-		p.sides[i] = side{fd: fd, tcp: tcp, thorough: !tcp}
+		p.sides[i] = side{fd: fd, most: firstRead, tcp: tcp, thorough: !tcp}
 	}
 	// EPOLLPRI: a read stops before an urgent octet. The first events come with the adding.
 	if err := p.w.add(&p.entry, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP|unix.EPOLLPRI, host, container); err != nil {
@@ -155,9 +168,13 @@ func (p *pair) letGo() {
 // move moves octets from a side to the other; more: there may be some left.
 func (p *pair) move(i int) (more bool, err error) {
 	from, to := &p.sides[i], &p.sides[1-i]
+	moved := 0
 	for range turn {
 		if from.ended {
 			return false, nil
+		}
+		if moved >= mostRead {
+			break
 		}
 		if from.rest.octets != nil {
 			n, err := p.send(1-i, from.rest.octets)
@@ -176,7 +193,7 @@ func (p *pair) move(i int) (more bool, err error) {
 			p.stuck()
 			return false, nil
 		}
-		b := p.w.buffer()[:p.w.loop.rests.room()]
+		b := p.w.buffer(from.most)
 		n, err := sysRecv(from.fd, b)
 		switch {
 		case err == unix.EAGAIN:
@@ -191,6 +208,7 @@ func (p *pair) move(i int) (more bool, err error) {
 			from.ended = true
 			return false, p.passEnd(to)
 		}
+		moved += n
 		if n < len(b) && !from.thorough {
 			from.readable = false // what comes later is a new edge
 		}
@@ -198,8 +216,13 @@ func (p *pair) move(i int) (more bool, err error) {
 		if err != nil {
 			return false, err
 		}
-		if took < n && !from.ended {
-			p.w.loop.rests.keep(&from.rest, b[took:n])
+		switch {
+		case took < n:
+			if from.most = max(took, leastRead); !from.ended {
+				p.w.loop.rests.keep(&from.rest, b[took:n])
+			}
+		case n == from.most:
+			from.most = min(2*n, mostRead)
 		}
 	}
 	return from.readable || from.rest.octets != nil, nil

@@ -290,7 +290,7 @@ func TestPairSlowReader(t *testing.T) {
 	o, done := outcome()
 	client, server, _ := joined(t, l, tcpSide, tcpSide, o)
 	sent := clog(t, l, client)
-	if held := l.rests.held.Load(); held < 1 || held > maxRead {
+	if held := l.rests.held.Load(); held < 1 || held > mostRead {
 		t.Errorf("%d octets are lent to one direction that is stuck", held)
 	}
 	for range 2 * len(l.workers) { // on the same worker too
@@ -319,6 +319,43 @@ func TestPairSlowReader(t *testing.T) {
 	}
 	if held := l.rests.held.Load(); held != 0 {
 		t.Errorf("%d octets are still lent", held)
+	}
+}
+
+// Streams that always have more leave turns to the others.
+func TestPairTakesTurns(t *testing.T) {
+	l, stop := running(t)
+	var wg sync.WaitGroup
+	for range 2 * len(l.workers) { // each worker has one
+		client, server, _ := joined(t, l, tcpSide, tcpSide, Options{})
+		wg.Go(func() {
+			for b := pattern(1 << 20); ; {
+				if _, err := client.Write(b); err != nil {
+					return
+				}
+			}
+		})
+		wg.Go(func() {
+			for b := make([]byte, 1<<20); ; {
+				if _, err := server.Read(b); err != nil {
+					return
+				}
+			}
+		})
+	}
+	defer wg.Wait()
+	defer stop()
+	client, server, _ := joined(t, l, tcpSide, tcpSide, Options{})
+	b := make([]byte, 1)
+	for range 100 {
+		for _, c := range [][2]net.Conn{{client, server}, {server, client}} {
+			if _, err := c[0].Write(b); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := c[1].Read(b); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 }
 
@@ -488,24 +525,29 @@ func TestPairUnixRights(t *testing.T) {
 	}
 }
 
-// Beyond maxHeld pairs read little at once.
+// Beyond maxHeld pairs read less at once.
 func TestRests(t *testing.T) {
-	var rs rests
-	kept := make([]rest, maxHeld/maxRead)
-	b := pattern(maxRead)
+	l, err := NewLoop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	w, rs := l.workers[0], &l.rests
+	kept := make([]rest, maxHeld/mostRead)
+	b := pattern(mostRead)
 	for i := range kept {
-		if rs.room() != maxRead {
-			t.Fatalf("only %d octets may be read after %d rests", rs.room(), i)
+		if n := len(w.buffer(firstRead)); n != firstRead {
+			t.Fatalf("%d octets are read after %d rests", n, i)
 		}
 		rs.keep(&kept[i], b)
 	}
-	if rs.room() != leastRead {
-		t.Errorf("%d octets may be read with %d held", rs.room(), rs.held.Load())
+	if n := len(w.buffer(firstRead)); n != heldRead {
+		t.Errorf("%d octets are read with %d held", n, rs.held.Load())
 	}
 	if rs.took(&kept[0], 1000); !bytes.Equal(kept[0].octets, b[1000:]) {
 		t.Error("a rest has changed")
 	}
-	if rs.took(&kept[0], maxRead-1000); kept[0].octets != nil || rs.room() != maxRead {
+	if rs.took(&kept[0], mostRead-1000); kept[0].octets != nil || len(w.buffer(firstRead)) != firstRead {
 		t.Error("a rest that was taken is still held")
 	}
 	for i := range kept {
@@ -513,6 +555,13 @@ func TestRests(t *testing.T) {
 	}
 	if rs.held.Load() != 0 {
 		t.Errorf("%d octets are held in the end", rs.held.Load())
+	}
+	for _, n := range []int{1, leastRead, leastRead + 1, firstRead, mostRead} {
+		var r rest
+		if rs.keep(&r, b[:n]); !bytes.Equal(r.octets, b[:n]) || int(rs.held.Load()) > max(4*n, leastRead) {
+			t.Errorf("%d octets lent for %d", rs.held.Load(), n)
+		}
+		rs.drop(&r)
 	}
 }
 

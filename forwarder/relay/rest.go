@@ -5,17 +5,12 @@ import (
 	"sync/atomic"
 )
 
-const (
-	// maxHeld is how many octets of rests a Loop holds before its pairs read less at once. What a stuck
-	// connection has in the kernel's own buffers is ten times its rest.
-	maxHeld = 64 << 20
-
-	// leastRead is how much a pair reads at once when maxHeld is reached, octets.
-	leastRead = 4 << 10
-)
+// maxHeld is how many octets of rests a Loop holds before all of its pairs read heldRead at once at most. What a stuck
+// connection has in the kernel's own buffers is more than its rest.
+const maxHeld = 64 << 20
 
 // restSizes are the buffers that rests come in, octets.
-var restSizes = [...]int{4 << 10, 16 << 10, 64 << 10, maxRead}
+var restSizes = [...]int{leastRead, 16 << 10, heldRead, firstRead, 1 << 20, mostRead}
 
 // rests lends buffers for what one end has given and the other does not take yet.
 type rests struct {
@@ -29,7 +24,7 @@ type rest struct {
 	buffer *[]byte
 }
 
-// keep copies b, at most maxRead octets, into r, which is empty.
+// keep copies b, at most mostRead octets, into r, which is empty.
 func (rs *rests) keep(r *rest, b []byte) {
 	i := 0
 	for restSizes[i] < len(b) {
@@ -65,10 +60,5 @@ func (rs *rests) drop(r *rest) {
 	*r = rest{}
 }
 
-// room is how much may be read from a socket at once.
-func (rs *rests) room() int {
-	if rs.held.Load() >= maxHeld {
-		return leastRead
-	}
-	return maxRead
-}
+// full tells that maxHeld is reached.
+func (rs *rests) full() bool { return rs.held.Load() >= maxHeld }

@@ -143,12 +143,15 @@ func (w *worker) enqueue(e *entry) {
 	}
 }
 
-// buffer is what pairs copy through, one at a time: maxRead octets.
-func (w *worker) buffer() []byte {
-	if w.shared == nil {
-		w.shared = make([]byte, maxRead)
+// buffer is what pairs copy through, one at a time: n octets, or fewer where too many are held back already.
+func (w *worker) buffer(n int) []byte {
+	if w.loop.rests.full() {
+		n = min(n, heldRead)
 	}
-	return w.shared
+	if len(w.shared) < n {
+		w.shared = make([]byte, n)
+	}
+	return w.shared[:n]
 }
 
 // run pumps until ctx ends, then aborts all jobs.
