@@ -204,6 +204,18 @@ func TestInterrupt(t *testing.T) {
 	check()
 }
 
+// A run that fails leaves as little.
+func TestFailure(t *testing.T) {
+	needNamespaces(t)
+	t.Setenv("TMPDIR", openTemp(t))
+	check := nothingLeft(t)
+	var exit *exitError
+	if err := outer(context.Background(), labArgs(t, t.TempDir(), "^nothing$", "50ms")); !errors.As(err, &exit) {
+		t.Errorf("a run of no axis ends with %v", err)
+	}
+	check()
+}
+
 // openTemp is a directory that the user of the peers reaches.
 func openTemp(t *testing.T) string {
 	dir := t.TempDir()
