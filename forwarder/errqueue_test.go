@@ -58,9 +58,7 @@ func TestErrorPortUnreachable(t *testing.T) {
 				}
 				checkQuote(t, e, v.me, closed.gateway(), "anybody?")
 			}
-			if st := c.f.Stats().UDP; st.Errors != 3 || st.Sent != 3 {
-				t.Errorf("counted %+v", st)
-			}
+			c.waitStats("three errors", func(s Stats) bool { return s.UDP.Errors == 3 && s.UDP.Sent == 3 })
 		})
 	}
 }

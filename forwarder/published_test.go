@@ -754,12 +754,98 @@ func TestPublishUDPErrors(t *testing.T) {
 	}
 }
 
-// Ten thousand published ports are no more work for a packet than one.
+// Everything at once: more clients than places, answers, idle times, ports that come and go.
+func TestPublishedUDPConcurrent(t *testing.T) {
+	c, now := newContainer(t, Config{UDP: UDPConfig{MaxClients: 8, MaxPortClients: 6}})
+	stays := c.publish("127.0.0.1:0", web4)
+	// The container answers whatever comes, and writes to whom it has no business with.
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	every := func(f func()) {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					f()
+				}
+			}
+		})
+	}
+	for range 2 {
+		every(func() {
+			for _, d := range c.datagrams() {
+				c.send(d.Dst, d.Src, string(d.Payload[0]))
+			}
+			runtime.Gosched()
+		})
+	}
+	every(func() {
+		now.advance(time.Second)
+		c.f.poller.wake()
+		runtime.Gosched()
+	})
+	at := netip.MustParseAddrPort("127.0.0.1:0")
+	every(func() {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+		if err == nil {
+			err = unix.Bind(fd, sockaddr(at))
+		}
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		p, err := c.f.PublishUDP(fd, web4)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		p.Stats()
+		c.f.Stats()
+		p.Close()
+	})
+	var clients sync.WaitGroup
+	for i := range 12 {
+		a := visit(t, "127.0.0.1:0", fmt.Sprintf("127.0.0.1:%d", stays.num))
+		clients.Go(func() {
+			buf := make([]byte, 64)
+			for n := range 20 {
+				want := fmt.Sprintf("%d of %d", n, i)
+				for deadline := time.Now().Add(patience); ; {
+					// Answers to clients that had to make room are lost.
+					a.Write([]byte(want))
+					a.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+					got, err := a.Read(buf)
+					if err == nil && string(buf[:got]) == want {
+						break
+					}
+					if err == nil && !strings.HasSuffix(string(buf[:got]), fmt.Sprintf(" of %d", i)) {
+						t.Errorf("client %d got %q", i, buf[:got])
+						return
+					}
+					if time.Now().After(deadline) {
+						t.Errorf("client %d waits for %q", i, want)
+						return
+					}
+				}
+			}
+		})
+	}
+	clients.Wait()
+	close(stop)
+	wg.Wait()
+	if st := stays.Stats(); st.Clients > 6 || st.Evicted == 0 {
+		t.Errorf("counted %+v", st)
+	}
+}
+
+// Many published ports are no more work for a packet than one.
 func TestPublishedUDPMany(t *testing.T) {
 	c, _ := newContainer(t, Config{})
 	var r unix.Rlimit
 	check(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &r))
-	n := min(2000, int(r.Cur)-200)
+	n := max(min(2000, int(r.Cur)-200), 1)
 	ports := make([]port, n)
 	for i := range ports {
 		ports[i] = c.publish("127.0.0.1:0", netip.AddrPortFrom(web4.Addr(), uint16(10000+i)))
