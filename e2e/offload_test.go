@@ -315,7 +315,7 @@ func udpSizes(t *testing.T, leaf *place, outside string, mtu int) {
 			t.Fatalf("%d octets: %v", size, err)
 		}
 		if n, err := conn.Read(got); err != nil || !bytes.Equal(got[:n], want) {
-			t.Errorf("%d octets: %d came back, or others: %v", size, n, err)
+			t.Fatalf("%d octets: %d came back, or others: %v", size, n, err)
 		}
 	}
 }
@@ -386,7 +386,7 @@ func icmpSizes(t *testing.T, leaf *place, family, outside string, mtu int) {
 			continue
 		}
 		if out, err := at(leaf, "ping", family, "-n", "-c", "1", "-W", "10", "-s", strconv.Itoa(size), outside); err != nil {
-			t.Errorf("ping of %d octets: %v: %s", size, err, out)
+			t.Fatalf("ping of %d octets: %v: %s", size, err, out)
 		}
 	}
 }

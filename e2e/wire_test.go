@@ -176,6 +176,9 @@ func (w *wire) frame(f []byte, outgoing bool) {
 		if at := encoding.BigEndian.Uint16(ip[6:]); at&0x3fff != 0 {
 			id := string(slices.Concat(ip[4:6], ip[9:10], ip[12:20]))
 			w.count(kind + "fragment")
+			if ip[9] == unix.IPPROTO_TCP {
+				w.blame("%sfragment of TCP, whose segments have no reason to be cut", kind)
+			}
 			if payload = w.gather(id, payload, int(at&0x1fff)*8, at&0x2000 != 0); payload == nil {
 				return
 			}
@@ -195,6 +198,9 @@ func (w *wire) frame(f []byte, outgoing bool) {
 			proto = payload[0]
 			at := encoding.BigEndian.Uint16(payload[2:])
 			w.count(kind + "fragment")
+			if proto == unix.IPPROTO_TCP {
+				w.blame("%sfragment of TCP, whose segments have no reason to be cut", kind)
+			}
 			if payload = w.gather(string(payload[4:8])+string(ip[8:40]), payload[8:], int(at&^7), at&1 != 0); payload == nil {
 				return
 			}
