@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"time"
 
@@ -91,7 +92,9 @@ func (c *conn) ended(error) {
 // refuse resets the client: nobody listens in the container, or nobody answers.
 func (c *conn) refuse(err error) {
 	c.f.refused.Add(1)
-	c.f.log().Debug("connection refused", "client", c.client, "err", err)
+	if log := c.f.d.log; log.Enabled(context.Background(), slog.LevelDebug) {
+		log.Debug("connection refused", "forward", c.f.spec.String(), "client", c.client, "err", err)
+	}
 	c.dropSocket()
 	relay.Reset(c.fd)
 	c.ended(err)

@@ -223,8 +223,13 @@ func (d *Driver) add(ctx context.Context, specs []Spec, said *port.Spec, auto bo
 	}
 	d.mu.Unlock()
 	for _, f := range fs {
-		f.log().Info("published", "id", f.id)
 		added = append(added, f.snapshot())
+	}
+	first, last := fs[0], fs[len(fs)-1]
+	if first == last {
+		d.log.Info("published", "id", first.id, "forward", first.spec.String())
+	} else { // a range may have thousands
+		d.log.Info("published", "ids", fmt.Sprintf("%d-%d", first.id, last.id), "first", first.spec.String(), "last", last.spec.String())
 	}
 	return added, nil
 }
@@ -287,7 +292,7 @@ func (d *Driver) Remove(ctx context.Context, id int, drain bool) error {
 	}
 	d.mu.Unlock()
 	err := f.close(drain)
-	f.log().Info("withdrawn", "id", id, "drain", drain)
+	d.log.Info("withdrawn", "id", id, "forward", f.spec.String(), "drain", drain)
 	if drain {
 		return err
 	}

@@ -2,7 +2,6 @@ package portdriver
 
 import (
 	"errors"
-	"log/slog"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -53,8 +52,6 @@ func (d *Driver) newForward(spec Spec) *forward {
 		conns: make(map[*conn]struct{}), idle: make(chan struct{}),
 	}
 }
-
-func (f *forward) log() *slog.Logger { return f.d.log.With("forward", f.spec.String()) }
 
 // start begins to serve. What fails leaves all to close.
 func (d *Driver) start(fs []*forward) error {

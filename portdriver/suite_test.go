@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"usernet/tap/inside"
+	"usernet/tap/taptest"
 )
 
 // rootlesskit's own suite for port drivers, on both data paths.
@@ -41,6 +42,7 @@ type suiteParent struct {
 }
 
 func newSuiteParent(t *testing.T, path string) *suiteParent {
+	taptest.NeedTUN(t)
 	if err := hostAddresses(); err != nil {
 		t.Fatal(err)
 	}
