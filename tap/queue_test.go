@@ -433,7 +433,7 @@ func TestFramesAllocateNothing(t *testing.T) {
 // the kernel and not in Go's netpoller.
 func BenchmarkWait(b *testing.B) {
 	n := newNS(b)
-	d := open(b, n, quiet())
+	d := open(b, n, silent())
 	q := d.Queues()[0]
 	fd := int(call(b, n, "udp", "10.0.2.100:1000", nil)[0].Fd())
 	if err := unix.SetNonblock(fd, false); err != nil {
