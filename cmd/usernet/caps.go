@@ -12,9 +12,11 @@ import (
 //
 //	CAP_NET_BIND_SERVICE  a container's source port below 1024 is kept on the host (NTP, old NFS)
 //	CAP_NET_RAW           SO_BINDTODEVICE for --outbound-addr=INTERFACE, on kernels before 5.7
+//	CAP_NET_ADMIN         of the helper, in the container's namespace: transparent sockets and their routing
 const (
 	capsForwarding = 1 << unix.CAP_NET_BIND_SERVICE
 	capsBindDevice = 1 << unix.CAP_NET_RAW
+	capsInside     = 1 << unix.CAP_NET_ADMIN
 )
 
 // effectiveCaps is the set of capabilities in force for this thread, bit n for capability n.

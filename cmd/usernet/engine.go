@@ -54,6 +54,8 @@ type engine struct {
 	whyNoKernel error
 	ports       *portdriver.Driver // nil: no ports are published
 	control     *api.Server        // nil: no control socket
+
+	spare netns.Spare
 }
 
 // openEngine opens the namespace and all that serves it.
@@ -121,6 +123,7 @@ func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.L
 			return nil, err
 		}
 	}
+	e.spare = netns.FindSpare()
 	return e, nil
 }
 
@@ -308,6 +311,7 @@ func (e *engine) run(ctx context.Context, ready func() error) error {
 	if e.server != nil {
 		parts = append(parts, func(ctx context.Context) error { return e.server.Serve(ctx, e.pcs, e.lns) })
 	}
+	parts = append(parts, e.settle)
 	parts = append(parts, e.runPorts()...)
 	err := goEach(services, parts...)
 	stopStack()
@@ -315,6 +319,19 @@ func (e *engine) run(ctx context.Context, ready func() error) error {
 		err = errors.New("the network ended, and nothing said why") // a part's mistake; nobody must wait for it
 	}
 	return err
+}
+
+// settleAfter is when the start is over, and what comes now is what will come.
+const settleAfter = 2 * time.Second
+
+// settle gives back the memory that only the start needed: most of the pages of a binary that has just begun.
+func (e *engine) settle(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+	case <-time.After(settleAfter):
+		e.spare.Trim()
+	}
+	return nil
 }
 
 // endWithNamespace returns an ending when the namespace is gone.

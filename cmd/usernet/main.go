@@ -42,6 +42,7 @@ func main() {
 func ops() netns.Ops {
 	all := tap.Ops()
 	maps.Copy(all, inside.Ops())
+	all[opConfine] = netns.Handle(confineHelper)
 	return all
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"strconv"
@@ -51,6 +52,19 @@ func (e *engine) openKit(ctx context.Context) {
 		return
 	}
 	e.kit = kit
+	if e.o.sandbox {
+		if _, err := e.ns.Call(ctx, ops(), opConfine, struct{}{}, nil); err != nil {
+			e.log.Warn("sandbox: the helper keeps its rights", "error", err)
+		}
+	}
+}
+
+// opConfine has the helper give up what it has no more use for, once the TAP is there.
+const opConfine = "usernet.confine"
+
+func confineHelper(context.Context, struct{}) (struct{}, []*os.File, error) {
+	confine(confinement{caps: capsInside}, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
+	return struct{}{}, nil, nil
 }
 
 // openPorts publishes what -p names.

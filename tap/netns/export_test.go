@@ -26,7 +26,7 @@ func (n *NS) Direct() bool {
 
 // Trim does what a helper at rest does, and says how many mappings there were.
 func Trim() int {
-	s := findSpare()
-	s.trim()
+	s := FindSpare()
+	s.Trim()
 	return len(s)
 }

@@ -43,7 +43,7 @@ func HelperMain(ops Ops) int {
 		return 1
 	}
 	defer c.Close()
-	err = serve(c, ops, findSpare())
+	err = serve(c, ops, FindSpare())
 	// A reset comes instead of an end where the parent died without reading an answer.
 	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", helperName, err)
@@ -93,7 +93,7 @@ func (e *ending) run(idle <-chan struct{}) {
 }
 
 // serve reads while an operation runs, to see the parent's end at once.
-func serve(c *net.UnixConn, ops Ops, spare spare) error {
+func serve(c *net.UnixConn, ops Ops, spare Spare) error {
 	last := &ending{do: map[string]func(){}}
 	idle := make(chan struct{})
 	defer last.run(idle)
@@ -110,7 +110,7 @@ func serve(c *net.UnixConn, ops Ops, spare spare) error {
 			select {
 			case r = <-calls:
 			case <-rest.C:
-				spare.trim()
+				spare.Trim()
 				continue
 			}
 			if r.Name == "" { // closed

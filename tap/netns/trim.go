@@ -13,13 +13,13 @@ import (
 // which it needs little again: the pages of text that its start has touched are in the page cache, and cost a fault
 // where they are needed once more.
 
-// spare are the mappings of files that hold what the file holds, and nothing else.
-type spare []mapping
+// Spare are the mappings of files that hold what the file holds, and nothing else.
+type Spare []mapping
 
 type mapping struct{ start, size uintptr }
 
-// findSpare reads them once, as a sandbox may close /proc. Without /proc there is nothing to spare.
-func findSpare() (s spare) {
+// FindSpare reads them once, as a sandbox may close /proc. Without /proc there is nothing to spare.
+func FindSpare() (s Spare) {
 	smaps, err := os.ReadFile("/proc/self/smaps")
 	if err != nil {
 		return nil
@@ -47,8 +47,8 @@ func findSpare() (s spare) {
 	return s
 }
 
-// trim gives back what can be had again.
-func (s spare) trim() {
+// Trim gives back what can be had again.
+func (s Spare) Trim() {
 	debug.FreeOSMemory()
 	for _, m := range s {
 		// The same octets come back from the file. An error leaves them where they are.
