@@ -1,11 +1,15 @@
-// Package relay joins two ends of a TCP connection: the container's, which is a stack.Conn
-// or whatever behaves like one, and a socket of the host's.
+// Package relay joins two ends of a connection: a socket of the host's with the container's end, which is a
+// stack.Conn or whatever behaves like one (Loop.Join), or a socket as well (Loop.JoinSockets). It accepts connections,
+// too (Loop.Listen).
 //
 //	container ── Drain ─▶ writev(fd) ──▶ host        FIN: shutdown(SHUT_WR)   RST: close with linger 0
 //	container ◀── Fill ── recv(fd)  ◀── host        FIN: CloseWrite          RST: Abort
 //
+//	container ── recv ─▶ buffer ── send ─▶ host      FIN: shutdown(SHUT_WR)   RST: close with linger 0
+//	container ◀─ send ── buffer ◀─ recv ── host
+//
 // A Loop serves all connections with a few workers, each an edge-triggered epoll and a list of
 // connections that may have something to do; a connection at rest costs neither a goroutine
-// nor a buffer. A worker copies nothing: octets go from netstack's buffers to the socket and
-// from the socket into netstack's buffers.
+// nor a buffer. Of what netstack has a worker copies nothing: octets go from its buffers to the socket and
+// from the socket into its buffers. Between sockets they are copied through one buffer of the worker's.
 package relay

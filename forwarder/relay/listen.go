@@ -30,6 +30,7 @@ type Listener struct {
 	from   unix.RawSockaddrAny
 	pause  time.Duration // the next one
 	retry  *time.Timer   // made with the first one
+	rests  bool          // it is one of the Loop's pauses, or was a moment ago
 	closed bool
 }
 
@@ -65,8 +66,8 @@ func (ln *Listener) finish(error) {
 	ln.closed = true
 	if ln.retry != nil {
 		ln.retry.Stop()
-		ln.w.loop.pauses.remove(ln)
 	}
+	ln.w.loop.pauses.remove(ln)
 	ln.w.remove(&ln.entry)
 	sysClose(ln.fd)
 }
@@ -75,6 +76,10 @@ func (ln *Listener) mark(int, uint32) {}
 
 // pump accepts whom it finds, within a turn.
 func (ln *Listener) pump() {
+	if ln.rests {
+		ln.rests = false
+		ln.w.loop.pauses.remove(ln)
+	}
 	for range acceptTurn {
 		if ln.closed {
 			return
@@ -101,6 +106,7 @@ func (ln *Listener) pump() {
 // rest has accepting go on later. An error that is not known waits too: at worst it costs an attempt a second.
 func (ln *Listener) rest() {
 	ln.pause = min(max(2*ln.pause, leastPause), maxPause)
+	ln.rests = true
 	ln.w.loop.pauses.add(ln)
 	if ln.retry == nil {
 		ln.retry = time.AfterFunc(ln.pause, ln.enqueue)
