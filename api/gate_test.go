@@ -2,8 +2,11 @@ package api
 
 import (
 	"errors"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -156,5 +159,58 @@ func TestDefaultPath(t *testing.T) {
 		if got, err := DefaultPath(name); err == nil {
 			t.Errorf("%q: %s", name, got)
 		}
+	}
+}
+
+// What killed processes leave in the default directory goes when the next one starts; nothing else does.
+func TestSweep(t *testing.T) {
+	// Not t.TempDir, whose name is too long for a socket.
+	base, err := os.MkdirTemp("", "api")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(base)
+	t.Setenv("XDG_RUNTIME_DIR", base)
+	dir, err := DefaultDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone := exec.Command("true")
+	if err := gone.Run(); err != nil {
+		t.Skipf("there is no program to run: %v", err)
+	}
+	dead := func(name string) {
+		ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, name), Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ln.SetUnlinkOnClose(false)
+		ln.Close()
+	}
+	killed := strconv.Itoa(gone.Process.Pid)
+	dead(killed + ".sock")
+	dead("mine.sock")                                          // named by somebody
+	dead(strconv.Itoa(os.Getpid()) + ".sock")                  // Listen's to replace
+	foreign, err := net.Listen("unix", dir+"/2147483647.sock") // live, of a PID that we cannot see
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer foreign.Close()
+	if err := os.WriteFile(filepath.Join(dir, "2147483646.sock"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := DefaultPath("next"); err != nil {
+		t.Fatal(err)
+	}
+	var left []string
+	entries, err := os.ReadDir(dir)
+	for _, e := range entries {
+		left = append(left, e.Name())
+	}
+	want := []string{"2147483646.sock", "2147483647.sock", "mine.sock", strconv.Itoa(os.Getpid()) + ".sock"}
+	slices.Sort(left)
+	slices.Sort(want)
+	if err != nil || !slices.Equal(left, want) {
+		t.Errorf("%v: left %q, want %q", err, left, want)
 	}
 }

@@ -57,7 +57,9 @@ func (s *Server) handler() http.Handler {
 		fail(w, &Error{Status: http.StatusNotFound, Code: CodeNotFound, Message: "there is no " + r.URL.Path})
 	})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		s.serving.Add(1) // Serve waits, also for one whose connection it has cut
+		if !s.begin() {
+			panic(http.ErrAbortHandler)
+		}
 		defer s.serving.Done()
 		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 		mux.ServeHTTP(w, r)

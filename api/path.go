@@ -5,13 +5,15 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
 // DefaultPath is where the control socket of the process called name goes when nobody says: $XDG_RUNTIME_DIR/usernet/NAME.sock.
-// The name must tell processes of one user apart; the PID does. It makes the directory.
+// The name must tell processes of one user apart; the PID does. It makes the directory, and removes from it the sockets of
+// processes that were killed: rootlesskit and buildah end theirs in no other way.
 func DefaultPath(name string) (string, error) {
 	if name == "" || name != filepath.Base(name) || strings.Trim(name, "./") == "" {
 		return "", fmt.Errorf("%q is no name of a socket", name)
@@ -20,7 +22,33 @@ func DefaultPath(name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	sweep(dir)
 	return filepath.Join(dir, name+".sock"), nil
+}
+
+// maxSweep names are looked at for each start, so that it takes no longer where thousands run.
+const maxSweep = 4096
+
+// sweep removes dead sockets that are named by a PID. What it cannot remove does no harm.
+func sweep(dir string) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return
+	}
+	defer d.Close()
+	names, _ := d.Readdirnames(maxSweep)
+	locked := false
+	for _, name := range names {
+		pid, err := strconv.Atoi(strings.TrimSuffix(name, ".sock"))
+		if err != nil || pid <= 0 || !strings.HasSuffix(name, ".sock") || !errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
+			continue // most live ones are told by that, and need not be woken
+		}
+		f := &socketFile{path: filepath.Join(dir, name), dir: d, base: name}
+		if locked = locked || f.lock(0) == nil; !locked {
+			return // another one starts, and sweeps
+		}
+		_ = f.clear() // one that is live, in another PID namespace, stays
+	}
 }
 
 // DefaultDir makes the directory of DefaultPath, or sees that it is as it must be: ours, and closed to all others. It is

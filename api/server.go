@@ -85,6 +85,7 @@ type Server struct {
 	serving sync.WaitGroup // goroutines that look at the first octet or speak JSON, and handlers of HTTP
 	mu      sync.Mutex
 	conns   map[*conn]struct{}
+	ended   bool // no handler begins any more
 
 	once sync.Once
 	err  error // of Close
@@ -213,10 +214,21 @@ func (s *Server) open(c net.Conn) *conn {
 	return wrapped
 }
 
+// begin counts a handler in, which Serve then waits for, also where it has cut its connection; not at the end.
+func (s *Server) begin() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.ended {
+		s.serving.Add(1)
+	}
+	return !s.ended
+}
+
 // closeConns cuts off those who are left at the end, without taking their goroutine's closing from it.
 func (s *Server) closeConns() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.ended = true
 	for c := range s.conns {
 		_ = c.Conn.Close()
 	}
