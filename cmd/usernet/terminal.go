@@ -180,8 +180,11 @@ func watchChild(pid int, events chan<- bool) error {
 		if info.Code != cldStopped {
 			return nil
 		}
-		// Taken, or it would be told again.
-		unix.Waitid(unix.P_PID, pid, &info, unix.WSTOPPED|unix.WNOHANG, nil)
-		events <- true
+		// Taken, or it would be told again. What is not there any more has been continued meanwhile: to stop now would
+		// be against the will of who did that.
+		info = unix.Siginfo{}
+		if err := unix.Waitid(unix.P_PID, pid, &info, unix.WSTOPPED|unix.WNOHANG, nil); err == nil && info.Signo != 0 {
+			events <- true
+		}
 	}
 }

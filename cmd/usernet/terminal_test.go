@@ -21,8 +21,14 @@ func terminalRole() int {
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, passedOn...)
 	t := openTerminal()
-	p, err := os.StartProcess("/bin/sh", []string{"sh", "-c", os.Getenv("USERNET_TEST_SCRIPT")}, &os.ProcAttr{
-		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
+	// As run's command, it begins when it has the terminal.
+	wait, release, err := os.Pipe()
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	p, err := os.StartProcess("/bin/sh", []string{"sh", "-c", "read go <&3; exec 3<&-; " + os.Getenv("USERNET_TEST_SCRIPT")}, &os.ProcAttr{
+		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr, wait},
 		Sys:   &syscall.SysProcAttr{Setpgid: t.mode != terminalShared},
 	})
 	if err != nil {
@@ -31,6 +37,9 @@ func terminalRole() int {
 	}
 	t.child = p.Pid
 	t.handOver()
+	wait.Close()
+	fmt.Fprintln(release)
+	release.Close()
 	err = t.attend(signals, nil)
 	t.takeBack()
 	status, err2 := (&child{pid: p.Pid}).status()
