@@ -48,8 +48,10 @@ type reader struct {
 	tail *buffer.View
 	near *lingerer  // nil: it parks at once
 	acks *ackHolder // nil without near
+	tcp  segments
 
 	frames uint // read
+	single bool // the last frames came one by one: see drain
 	heads  [batchLen][]byte
 	batch  []Datagram
 	pieces [batchLen][2][]byte
@@ -65,6 +67,7 @@ func newReader(s *Stack, dev Device) *reader {
 		r.heads[i] = slab[i*headLen : (i+1)*headLen : (i+1)*headLen]
 	}
 	r.tail = buffer.NewViewSize(tailLen)
+	r.tcp = newSegments(s.ns)
 	r.vec[0] = r.hdr[:]
 	return r
 }
@@ -78,25 +81,32 @@ func (r *reader) run() error {
 			if err := r.drain(); err != nil {
 				return closedIsNil(err)
 			}
-			if r.near == nil || !r.near.wait(r.acks.check) {
+			if r.near == nil {
 				break
 			}
+			at := r.near.slept
+			if !r.near.wait(r.acks.check) {
+				break
+			}
+			r.single = r.single && r.near.slept != at
 		}
 		r.acks.rest()
+		r.tcp.last = nil // which may have ended, and is not to be kept while nothing happens
 		if err := r.dev.Wait(); err != nil {
 			return closedIsNil(err)
 		}
 	}
 }
 
-// drain reads until no frame is left.
+// drain reads until no frame is left. When frames come one by one, as in a conversation of requests and answers, it
+// leaves it to the lingerer's poll to say so: that has to look anyway.
 func (r *reader) drain() error {
-	for {
+	for n := 0; ; n++ {
 		r.vec[1], r.vec[2] = r.heads[len(r.batch)], r.tail.AsSlice()
-		n, err := r.dev.Read(r.vec[:])
+		size, err := r.dev.Read(r.vec[:])
 		switch {
 		case err == nil:
-			r.frame(n)
+			r.frame(size)
 			if len(r.batch) == batchLen {
 				r.flush()
 			}
@@ -104,7 +114,12 @@ func (r *reader) drain() error {
 				r.acks.check()
 				runtime.Gosched() // the others have had enough to do put before them
 			}
+			if n == 0 && r.single {
+				r.flush()
+				return nil
+			}
 		case errors.Is(err, unix.EAGAIN):
+			r.single = n == 1 && r.near != nil
 			r.flush()
 			return nil
 		case errors.Is(err, unix.EINTR):
@@ -319,5 +334,8 @@ func (r *reader) toNetstack(f *frame, n int) {
 		return
 	}
 	pkt.NetworkProtocolNumber = tcpip.NetworkProtocolNumber(f.ethertype)
+	if ep, length := r.tcp.find(f); ep != nil && r.tcp.deliver(f, pkt, ep, length) {
+		return
+	}
 	(*dispatcher).DeliverNetworkPacket(pkt.NetworkProtocolNumber, pkt)
 }

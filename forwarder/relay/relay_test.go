@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -236,6 +237,83 @@ func TestJoinWaitsForRoom(t *testing.T) {
 	e.set(func() { e.room = -1 })
 	e.notify(false, true, false)
 	e.until(t, "the rest is there", func() bool { return string(e.received) == "hello, world" })
+}
+
+// Small messages are read before it is known that there is room for them. What has none waits, and keeps its place
+// before what comes later and before the end.
+func TestSmallReadsWaitForRoom(t *testing.T) {
+	l, _ := running(t)
+	e := newMemoryEnd()
+	fd, peer := hostPair(t)
+	if _, err := l.Join(e, fd, Options{}); err != nil {
+		t.Fatal(err)
+	}
+	want := ""
+	say := func(s string) {
+		t.Helper()
+		if _, err := peer.Write([]byte(s)); err != nil {
+			t.Fatal(err)
+		}
+		want += s
+	}
+	received := func() bool { return string(e.received) == want }
+	for _, s := range []string{"one", "two"} { // the first is asked for, and makes small reads of the next
+		say(s)
+		e.until(t, s+" is there", received)
+	}
+	e.set(func() { e.room = 2 })
+	say("three")
+	e.until(t, "there is no room", func() bool { return e.room == 0 })
+	if string(e.received) != "onetwoth" {
+		t.Errorf("received %q", e.received)
+	}
+	say(strings.Repeat("and so on, ", 1000)) // more than a small read takes
+	if err := peer.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	for _, room := range []int{1, 2, 5000, -1} {
+		e.set(func() { e.room = room })
+		e.notify(false, true, false)
+		e.until(t, "the room is used", func() bool { return e.room == 0 || room < 0 && e.gotEnd })
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !received() {
+		t.Errorf("%d octets arrived, want %d in order", len(e.received), len(want))
+	}
+	if held := l.rests.held.Load(); held != 0 {
+		t.Errorf("%d octets of rests are held at the end", held)
+	}
+}
+
+// A reset of the host's while a rest waits gives its buffer back.
+func TestResetDropsSmallRest(t *testing.T) {
+	l, _ := running(t)
+	e := newMemoryEnd()
+	fd, peer := hostPair(t)
+	done := make(chan error, 1)
+	if _, err := l.Join(e, fd, Options{Done: func(err error) { done <- err }}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := peer.Write([]byte("one")); err != nil {
+		t.Fatal(err)
+	}
+	e.until(t, "one is there", func() bool { return string(e.received) == "one" })
+	e.set(func() { e.room = 1 })
+	if _, err := peer.Write([]byte("two")); err != nil {
+		t.Fatal(err)
+	}
+	e.until(t, "there is no room", func() bool { return e.room == 0 })
+	if err := peer.SetLinger(0); err != nil {
+		t.Fatal(err)
+	}
+	peer.Close()
+	if err := <-done; !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("ended with %v", err)
+	}
+	if held := l.rests.held.Load(); held != 0 {
+		t.Errorf("%d octets of rests are held", held)
+	}
 }
 
 func TestJoinAborts(t *testing.T) {

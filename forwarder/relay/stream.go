@@ -19,6 +19,10 @@ const (
 	maxRead = 256 << 10
 )
 
+// smallRead is how much is read at once, octets, where little has come lately: requests and answers. It saves to ask
+// first how much there is.
+const smallRead = 4 << 10
+
 // resetGrace is how long the container's end of a connection that the host has reset still sends what
 // came before the RST: an early answer, say, to a request that nobody will read to its end. A kernel
 // delivers what it had received by then, and netstack drops what it has not sent when it is aborted.
@@ -39,7 +43,9 @@ type stream struct {
 	hangup     bool   // the socket's peer has sent FIN: read until the end shows
 	outDone    bool   // container → host: FIN passed on
 	inDone     bool   // host → container: FIN passed on
+	small      bool   // the last read found less than smallRead octets
 	passed     bool   // the container has been sent something
+	rest       rest   // read from the host, and not taken by the container yet
 	broken     error  // what ended the host's end before its time
 	grace      *time.Timer
 	finished   bool
@@ -161,8 +167,23 @@ func (s *stream) outbound() (more bool, err error) {
 // inbound moves octets from the host to the container.
 func (s *stream) inbound() (more bool, err error) {
 	for range turn {
+		if len(s.rest.octets) > 0 {
+			s.w.little = s.rest.octets
+			took, err := s.fill(len(s.rest.octets), s.w.give)
+			if err != nil || took == 0 {
+				return false, err
+			}
+			s.w.loop.rests.took(&s.rest, took)
+			continue
+		}
 		if s.inDone || !s.readable {
 			return false, nil
+		}
+		if s.small {
+			if err := s.readSmall(); err != nil {
+				return false, err
+			}
+			continue
 		}
 		n, err := sysQueued(s.fd)
 		if err != nil {
@@ -174,37 +195,78 @@ func (s *stream) inbound() (more bool, err error) {
 			}
 			continue
 		}
-		s.w.hostErr = nil
-		s.wantRoom.Store(true)
-		took, err := s.end.Fill(min(n, maxRead), s.w.read)
-		s.countIn(took)
-		switch {
-		case s.w.hostErr != nil:
-			return false, s.w.hostErr
-		case err == unix.EAGAIN:
-			if s.broken != nil {
-				s.letGo() // a container that does not read is not waited for
-			}
-			return false, nil
-		case err != nil:
+		s.small = n < smallRead
+		took, err := s.fill(min(n, maxRead), s.w.read)
+		if err != nil || took == 0 {
 			return false, err
 		}
-		s.passed = true
-		s.wantRoom.Store(false)
 		if took == n && !s.hangup {
 			s.readable = false // what comes later is a new edge
 		}
 	}
-	return s.readable, nil
+	return s.readable || len(s.rest.octets) > 0, nil
+}
+
+// fill sends up to n octets that read provides to the container. It took none where there is no room.
+func (s *stream) fill(n int, read func([]byte) (int, error)) (took int, err error) {
+	s.w.hostErr = nil
+	s.wantRoom.Store(true)
+	took, err = s.end.Fill(n, read)
+	s.countIn(took)
+	switch {
+	case s.w.hostErr != nil:
+		return 0, s.w.hostErr
+	case err == unix.EAGAIN:
+		if s.broken != nil {
+			s.letGo() // a container that does not read is not waited for
+		}
+		return 0, nil
+	case err != nil:
+		return 0, err
+	}
+	s.passed = true
+	s.wantRoom.Store(false)
+	return took, nil
+}
+
+// readSmall is one read of what there is, if it is little. What the container has no room for waits in rest.
+func (s *stream) readSmall() error {
+	b := s.w.buffer(smallRead)
+	n, err := sysRead(s.fd, b)
+	switch {
+	case err == unix.EAGAIN:
+		s.readable = false
+		return nil
+	case err != nil || n == 0:
+		s.small = false
+		return s.ended(n, err)
+	}
+	if n == len(b) {
+		s.small = false
+	} else if !s.hangup {
+		s.readable = false
+	}
+	s.w.little = b[:n]
+	took, err := s.fill(n, s.w.give)
+	if err == nil && took < n {
+		s.w.loop.rests.keep(&s.rest, b[took:n])
+	}
+	return err
 }
 
 // emptyOrEnd tells a socket with nothing to read from one whose peer has sent FIN.
 func (s *stream) emptyOrEnd() error {
 	n, err := sysPeek(s.fd)
-	switch {
-	case err == unix.EAGAIN:
+	if err == unix.EAGAIN {
 		s.readable = false
 		return nil
+	}
+	return s.ended(n, err)
+}
+
+// ended takes what a socket with nothing to read any more has said: 0 octets or an error.
+func (s *stream) ended(n int, err error) error {
+	switch {
 	case err != nil:
 		s.breakHost(os.NewSyscallError("recv", err)) // which takes the error off the socket: what is left is the end
 	case n == 0 && s.broken != nil:
@@ -228,6 +290,7 @@ func (s *stream) finish(err error) {
 		s.grace.Stop() // one that fires now finds s finished
 	}
 	s.w.remove(&s.entry)
+	s.w.loop.rests.drop(&s.rest)
 	if err == nil {
 		_ = s.end.Close()
 		sysClose(s.fd)
@@ -282,5 +345,12 @@ func (w *worker) readHost(p []byte) (int, error) {
 		w.hostErr = io.ErrUnexpectedEOF
 		return 0, w.hostErr
 	}
+	return n, nil
+}
+
+// giveLittle is the read of a Fill from little.
+func (w *worker) giveLittle(p []byte) (int, error) {
+	n := copy(p, w.little)
+	w.little = w.little[n:]
 	return n, nil
 }

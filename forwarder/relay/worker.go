@@ -52,6 +52,8 @@ type worker struct {
 	hostErr error                       // what the host's socket said during cur's Drain or Fill
 	write   func([][]byte) (int, error) // cur's writeHost and readHost, made once
 	read    func([]byte) (int, error)
+	little  []byte                    // what give gives
+	give    func([]byte) (int, error) // giveLittle, made once
 
 	wake chan struct{} // tells serve that the queue is not empty
 
@@ -75,7 +77,7 @@ func newWorker(l *Loop) (*worker, error) {
 		loop: l, epoll: epoll, wake: make(chan struct{}, 1),
 		jobs: make(map[uint64]*entry), dials: make(map[uint64]chan struct{}),
 	}
-	w.write, w.read = w.writeHost, w.readHost
+	w.write, w.read, w.give = w.writeHost, w.readHost, w.giveLittle
 	return w, nil
 }
 
