@@ -30,7 +30,7 @@ func TestGate(t *testing.T) {
 		{65534, 65534, 0, true},
 		{1000, 0, 0, false}, // a host on which the overflow ID is 0 has lost its mind; we do not follow
 	} {
-		if got := (gate{c.ours, c.overflow}).admits(c.peer); got != c.admits {
+		if got := (gate{uid: c.ours, overflow: c.overflow}).admits(c.peer); got != c.admits {
 			t.Errorf("%+v: %v", c, got)
 		}
 	}
