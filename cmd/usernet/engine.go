@@ -368,7 +368,7 @@ func (e *engine) close() error {
 
 // confinement is what the engine needs while it runs and is taken down. pid may be nil.
 func (e *engine) confinement(pid *pidFile) confinement {
-	c := confinement{caps: capsForwarding}
+	c := confinement{caps: capsForwarding, profile: e.o.pprof}
 	if e.resolv != nil {
 		c.readDirs = e.resolv.Dirs()
 	}

@@ -128,13 +128,13 @@ func (e *engine) openControl(where netns.Config) error {
 func (e *engine) info(where netns.Config) func() api.Info {
 	o, p := e.o, e.o.plan
 	is := api.Info{
-		Version: version, Started: time.Now(),
+		Version: ourVersion(), Started: time.Now(),
 		Namespace: where.Path, ContainerPID: where.PID,
 		Interface: api.Interface{
 			Name: e.tap.Name(), MTU: e.tap.MTU(), MAC: e.tap.MAC().String(),
 			Queues: len(e.tap.Queues()), Offloads: offloads(e.tap.Queues()[0].Offloads()),
 		},
-		Sandbox: o.sandbox,
+		Sandbox: o.sandbox && !cgoEnabled,
 	}
 	if where.PID != 0 {
 		is.Namespace = fmt.Sprintf("/proc/%d/ns/net", where.PID)

@@ -36,6 +36,8 @@ type confinement struct {
 
 	// child is the process that run waits for; signals go to it, its group and our own. 0: none.
 	child int
+
+	profile bool // profiles of ourselves may be taken
 }
 
 // confine gives up everything that c does not name. What the host refuses is warned of, and the rest is

@@ -11,12 +11,15 @@ var version string
 
 // versionText is the line that "usernet version" prints.
 func versionText() string {
-	v := version
-	if v == "" {
-		v = "unknown"
-		if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" && info.Main.Version != "(devel)" {
-			v = info.Main.Version
-		}
+	return fmt.Sprintf("usernet %s %s %s/%s\n", ourVersion(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+}
+
+func ourVersion() string {
+	if version != "" {
+		return version
 	}
-	return fmt.Sprintf("usernet %s %s %s/%s\n", v, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" && info.Main.Version != "(devel)" {
+		return info.Main.Version
+	}
+	return "unknown"
 }
