@@ -1,7 +1,9 @@
 package portdriver
 
 import (
+	"bufio"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"slices"
@@ -112,10 +114,18 @@ func TestAuto(t *testing.T) {
 	until(t, "it is published when the host has it no more", func() bool { _, ok := find(first + 2); return ok })
 
 	open := dial(t, "tcp", at(host4, f))
-	until(t, "it is served", func() bool { g, _ := l.driver.Get(f.ID); return g.Active == 1 })
+	r := bufio.NewReader(open)
+	if _, err := r.ReadString('\n'); err != nil { // the server has accepted it
+		t.Fatal(err)
+	}
 	a.Close()
 	until(t, "it is withdrawn", func() bool { _, ok := find(first); return !ok })
-	seenBy(t, open) // it lives on
+	if _, err := io.WriteString(open, "on\n"); err != nil { // it lives on
+		t.Error(err)
+	}
+	if line, err := r.ReadString('\n'); err != nil || line != "on\n" {
+		t.Errorf("%q, %v", line, err)
+	}
 	open.Close()
 	until(t, "it is forgotten", func() bool { _, ok := l.driver.Get(f.ID); return !ok })
 	if _, ok := find(first + 3); ok {

@@ -10,15 +10,20 @@ import (
 // dialTable holds the dials that wait, by forward. With all places taken, a forward that has fewer than another takes one
 // of that other's, so that a container's port where everything hangs stops no other.
 type dialTable struct {
-	mu    sync.Mutex
-	total int
-	by    map[*forward]map[*conn]struct{}
+	mu      sync.Mutex
+	closed  bool
+	total   int
+	by      map[*forward]map[*conn]struct{}
+	running sync.WaitGroup // the goroutines, also of dials that have lost their place
 }
 
-// enter has c's dial counted; false: there is no place for it.
+// enter has c's dial counted, until leave; false: there is no place for it.
 func (t *dialTable) enter(c *conn, max int) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.closed {
+		return false
+	}
 	if t.by == nil {
 		t.by = make(map[*forward]map[*conn]struct{})
 	}
@@ -45,6 +50,7 @@ func (t *dialTable) enter(c *conn, max int) bool {
 	}
 	dials[c] = struct{}{}
 	t.total++
+	t.running.Add(1)
 	return true
 }
 
@@ -52,6 +58,14 @@ func (t *dialTable) leave(c *conn) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.removeLocked(c)
+}
+
+// close lets nobody in any more, and waits for those who are.
+func (t *dialTable) close() {
+	t.mu.Lock()
+	t.closed = true
+	t.mu.Unlock()
+	t.running.Wait()
 }
 
 // removeLocked removes c, if it is there.
@@ -85,7 +99,8 @@ func (d *Driver) dialLater(c *conn) {
 		c.refuse(errCrowded)
 		return
 	}
-	d.dialling.Go(func() {
+	go func() {
+		defer d.dials.running.Done()
 		defer cancel(nil)
 		timed, stop := context.WithTimeoutCause(ctx, d.cfg.DialTimeout, unix.ETIMEDOUT)
 		defer stop()
@@ -94,5 +109,5 @@ func (d *Driver) dialLater(c *conn) {
 		if err != nil {
 			c.refuse(err)
 		}
-	})
+	}()
 }

@@ -97,7 +97,6 @@ type Driver struct {
 
 	dialCtx     context.Context // ends with the driver
 	stopDials   context.CancelCauseFunc
-	dialling    sync.WaitGroup
 	dials       dialTable
 	locals      locals
 	connections atomic.Int64
@@ -166,7 +165,7 @@ func (d *Driver) Close() error {
 		errs = append(errs, f.close(false))
 	}
 	d.stopDials(ErrClosed)
-	d.dialling.Wait()
+	d.dials.close()
 	return errors.Join(errs...)
 }
 

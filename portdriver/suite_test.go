@@ -29,7 +29,7 @@ func TestRootlesskitSuite(t *testing.T) {
 			})
 		}
 	}
-	// Its server listens on the container's loopback alone.
+	// Its server listens on the container's loopback alone. So does that of the one for UDP, where no datagram gets.
 	t.Run("transparent", func(t *testing.T) { testsuite.TestTCPTransparent(t, newSuiteParent(t, PathAuto)) })
 }
 
