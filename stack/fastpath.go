@@ -2,6 +2,7 @@ package stack
 
 import (
 	"encoding/binary"
+	"math/bits"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -16,11 +17,26 @@ import (
 //
 // Everything else takes the long way: the first segments of a connection, fragments, IPv4 options, IPv6
 // extension headers, and segments for which there is no connection.
+//
+// In a download the container's bare acknowledgements lie in the device by dozens, and each says what those before it
+// did. Of those that are read at one go, netstack gets the last of each connection: it need not look for what it may
+// send, and send it, for each of them. Lost acknowledgements are nothing new to TCP.
 type segments struct {
-	ns    *stack.Stack
-	queue queuer
-	last  *tcp.Endpoint // of id, the connection of the last segment; nil: none
-	id    stack.TransportEndpointID
+	ns     *stack.Stack
+	queue  queuer
+	recent [recentConns]recentConn
+	held   uint32 // a bit for each of recent that holds an acknowledgement
+}
+
+// recentConns is how many connections are remembered, by their ports: one bit of held each.
+const recentConns = 32
+
+// recentConn is a connection that has had a segment lately.
+type recentConn struct {
+	ep       *tcp.Endpoint // nil: none
+	id       stack.TransportEndpointID
+	pkt      *stack.PacketBuffer // a bare acknowledgement that waits for a later one; nil: none
+	seq, ack uint32              // of pkt
 }
 
 // queuer is netstack's TCP. It takes over a segment for an endpoint; TestAssumeTCPQueues says that it has the method.
@@ -33,11 +49,11 @@ func newSegments(ns *stack.Stack) segments {
 	return segments{ns: ns, queue: q}
 }
 
-// find returns the connection that f belongs to, and the length of its TCP header in octets; nil when f
-// is to take the long way.
-func (s *segments) find(f *frame) (*tcp.Endpoint, int) {
+// find returns the connection that f belongs to, by its place in recent, and the length of its TCP header in octets;
+// a place below 0 when f is to take the long way.
+func (s *segments) find(f *frame) (place, length int) {
 	if s.queue == nil || f.fragment || f.proto != uint8(header.TCPProtocolNumber) {
-		return nil, 0
+		return -1, 0
 	}
 	h := f.transport()
 	ip := header.IPv4MinimumSize
@@ -45,32 +61,35 @@ func (s *segments) find(f *frame) (*tcp.Endpoint, int) {
 		ip = header.IPv6MinimumSize
 	}
 	if f.l4 != ethernetLen+ip || len(h) < header.TCPMinimumSize {
-		return nil, 0
+		return -1, 0
 	}
-	length := int(h[header.TCPDataOffset]>>4) * 4
+	length = int(h[header.TCPDataOffset]>>4) * 4
 	if length < header.TCPMinimumSize || length > len(h) {
-		return nil, 0
+		return -1, 0
 	}
 	id := stack.TransportEndpointID{
 		LocalAddress: address(f.dst), LocalPort: binary.BigEndian.Uint16(h[2:]),
 		RemoteAddress: address(f.src), RemotePort: binary.BigEndian.Uint16(h[0:]),
 	}
+	place = int(binary.BigEndian.Uint32(h) * 0x9e3779b1 >> 27)
+	c := &s.recent[place]
 	// One that stands is in netstack's table; one that has ended may have a successor there.
-	if s.last == nil || id != s.id || !stands(s.last) {
-		s.last, _ = s.ns.FindTransportEndpoint(tcpip.NetworkProtocolNumber(f.ethertype), tcp.ProtocolNumber, id, nicID).(*tcp.Endpoint)
-		s.id = id
-		if s.last == nil || !stands(s.last) {
-			s.last = nil
-			return nil, 0
+	if c.ep == nil || id != c.id || !stands(c.ep) {
+		s.release(place)
+		ep, _ := s.ns.FindTransportEndpoint(tcpip.NetworkProtocolNumber(f.ethertype), tcp.ProtocolNumber, id, nicID).(*tcp.Endpoint)
+		if ep == nil || !stands(ep) {
+			c.ep = nil
+			return -1, 0
 		}
+		c.ep, c.id = ep, id
 	}
-	return s.last, length
+	return place, length
 }
 
 func stands(ep *tcp.Endpoint) bool { return tcp.EndpointState(ep.State()) == tcp.StateEstablished }
 
-// deliver gives pkt, which holds f from its IP header on, to a connection that find has found. The length is the TCP header's.
-func (s *segments) deliver(f *frame, pkt *stack.PacketBuffer, ep *tcp.Endpoint, length int) bool {
+// deliver gives pkt, which holds f from its IP header on, to the connection that find has found. length is the TCP header's.
+func (s *segments) deliver(f *frame, pkt *stack.PacketBuffer, place, length int) bool {
 	if _, ok := pkt.NetworkHeader().Consume(f.l4 - ethernetLen); !ok {
 		return false
 	}
@@ -81,6 +100,46 @@ func (s *segments) deliver(f *frame, pkt *stack.PacketBuffer, ep *tcp.Endpoint, 
 	pkt.TransportProtocolNumber = tcp.ProtocolNumber
 	pkt.RXChecksumValidated = true
 	pkt.NICID, pkt.InputNICID = nicID, nicID
-	s.queue.QueuePacket(ep, s.id, pkt)
+
+	c := &s.recent[place]
+	h := header.TCP(f.transport())
+	seq, ack := h.SequenceNumber(), h.AckNumber()
+	// Nothing but ACK, no payload, and no SACK blocks, which tell of a loss: timestamps take 12 octets.
+	bare := h.Flags() == header.TCPFlagAck && f.ipPayloadLen() == length && length <= header.TCPMinimumSize+12
+	if c.pkt != nil && bare && seq == c.seq && int32(ack-c.ack) > 0 {
+		c.pkt.DecRef()
+		c.pkt = nil
+	}
+	s.release(place)
+	if bare {
+		c.pkt, c.seq, c.ack = pkt.IncRef(), seq, ack
+		s.held |= 1 << place
+		return true
+	}
+	s.queue.QueuePacket(c.ep, c.id, pkt)
 	return true
+}
+
+// release queues what a connection holds.
+func (s *segments) release(place int) {
+	c := &s.recent[place]
+	if c.pkt != nil {
+		s.queue.QueuePacket(c.ep, c.id, c.pkt)
+		c.pkt.DecRef()
+		c.pkt = nil
+	}
+	s.held &^= 1 << place
+}
+
+// flush queues all that is held.
+func (s *segments) flush() {
+	for s.held != 0 {
+		s.release(bits.TrailingZeros32(s.held))
+	}
+}
+
+// rest keeps no connection from being forgotten while nothing happens.
+func (s *segments) rest() {
+	s.flush()
+	clear(s.recent[:])
 }

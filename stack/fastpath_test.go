@@ -3,8 +3,10 @@ package stack
 import (
 	"encoding/binary"
 	"net/netip"
+	"slices"
 	"testing"
 
+	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
@@ -71,11 +73,6 @@ func tcpFrame(t *testing.T, src, dst string, extra, hlen, payload int) *frame {
 func TestSegmentsThatGoPastIP(t *testing.T) {
 	const container, world = "10.0.2.100:4000", "203.0.113.7:80"
 	_, r, _, _ := replaying(t, 0)
-	standing := new(tcp.Endpoint)
-	r.tcp.id = stack.TransportEndpointID{
-		LocalAddress: address(netip.MustParseAddr("203.0.113.7")), LocalPort: 80,
-		RemoteAddress: address(netip.MustParseAddr("10.0.2.100")), RemotePort: 4000,
-	}
 	fragment := tcpFrame(t, container, world, 0, 20, 8)
 	fragment.fragment = true
 	for name, f := range map[string]*frame{
@@ -87,9 +84,71 @@ func TestSegmentsThatGoPastIP(t *testing.T) {
 		"a TCP header too far": tcpFrame(t, container, world, 0, 60, 8),
 		"one that has ended":   tcpFrame(t, container, world, 0, 20, 8),
 	} {
-		r.tcp.last = standing // whose state is not StateEstablished
-		if ep, _ := r.tcp.find(f); ep != nil {
+		for i := range r.tcp.recent {
+			r.tcp.recent[i] = recentConn{ep: new(tcp.Endpoint), id: testID} // its state is not StateEstablished
+		}
+		if place, _ := r.tcp.find(f); place >= 0 {
 			t.Errorf("%s goes past IP", name)
 		}
+	}
+}
+
+var testID = stack.TransportEndpointID{
+	LocalAddress: address(netip.MustParseAddr("203.0.113.7")), LocalPort: 80,
+	RemoteAddress: address(netip.MustParseAddr("10.0.2.100")), RemotePort: 4000,
+}
+
+// queued notes what would go to netstack.
+type queued struct{ acks []uint32 }
+
+func (q *queued) QueuePacket(_ stack.TransportEndpoint, _ stack.TransportEndpointID, pkt *stack.PacketBuffer) {
+	q.acks = append(q.acks, header.TCP(pkt.TransportHeader().Slice()).AckNumber())
+}
+
+// Of bare acknowledgements in a row the last is delivered; whatever else says something keeps its place, and so does what
+// is before it.
+func TestAcknowledgementsAreMerged(t *testing.T) {
+	type segment struct {
+		ack   uint32
+		flags byte
+		hlen  int
+		size  int // of the payload, octets
+		port  byte
+	}
+	ack := func(n uint32) segment { return segment{n, 0x10, 32, 0, 0} }
+	for _, test := range []struct {
+		name string
+		in   []segment
+		want []uint32
+	}{
+		{"in a row", []segment{ack(1), ack(2), ack(9)}, []uint32{9}},
+		{"over the end of the numbers", []segment{ack(1<<32 - 5), ack(3)}, []uint32{3}},
+		{"the same again, which tells of a loss", []segment{ack(1), ack(1), ack(1)}, []uint32{1, 1, 1}},
+		{"an older one", []segment{ack(2), ack(1)}, []uint32{2, 1}},
+		{"SACK blocks", []segment{ack(1), {2, 0x10, 44, 0, 0}, ack(3)}, []uint32{1, 2, 3}},
+		{"payload", []segment{ack(1), ack(2), {3, 0x10, 32, 7, 0}, ack(4), ack(5)}, []uint32{2, 3, 5}},
+		{"FIN", []segment{ack(1), {2, 0x11, 32, 0, 0}, ack(3)}, []uint32{1, 2, 3}},
+		{"ECE", []segment{ack(1), {2, 0x50, 32, 0, 0}}, []uint32{1, 2}},
+		{"two connections", []segment{ack(1), {10, 0x10, 32, 0, 1}, ack(2), {20, 0x10, 32, 0, 1}}, []uint32{2, 20}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var q queued
+			s := segments{queue: &q}
+			for _, in := range test.in {
+				f := tcpFrame(t, "10.0.2.100:4000", "203.0.113.7:80", 0, in.hlen, in.hlen-20+in.size)
+				h := header.TCP(f.head[f.l4:])
+				h.SetAckNumber(in.ack)
+				h.SetFlags(in.flags)
+				pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(f.head[ethernetLen:])})
+				if !s.deliver(f, pkt, int(in.port), in.hlen) {
+					t.Fatal("not delivered")
+				}
+				pkt.DecRef()
+			}
+			s.rest()
+			if !slices.Equal(q.acks, test.want) || s.held != 0 {
+				t.Errorf("netstack got %v, want %v", q.acks, test.want)
+			}
+		})
 	}
 }

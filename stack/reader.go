@@ -91,7 +91,7 @@ func (r *reader) run() error {
 			r.single = r.single && r.near.slept != at
 		}
 		r.acks.rest()
-		r.tcp.last = nil // which may have ended, and is not to be kept while nothing happens
+		r.tcp.rest()
 		if err := r.dev.Wait(); err != nil {
 			return closedIsNil(err)
 		}
@@ -111,19 +111,23 @@ func (r *reader) drain() error {
 				r.flush()
 			}
 			if r.frames++; r.frames%batchLen == 0 {
+				r.tcp.flush()
 				r.acks.check()
 				runtime.Gosched() // the others have had enough to do put before them
 			}
 			if n == 0 && r.single {
+				r.tcp.flush()
 				r.flush()
 				return nil
 			}
 		case errors.Is(err, unix.EAGAIN):
 			r.single = n == 1 && r.near != nil
+			r.tcp.flush()
 			r.flush()
 			return nil
 		case errors.Is(err, unix.EINTR):
 		default:
+			r.tcp.flush()
 			return err
 		}
 	}
@@ -334,7 +338,7 @@ func (r *reader) toNetstack(f *frame, n int) {
 		return
 	}
 	pkt.NetworkProtocolNumber = tcpip.NetworkProtocolNumber(f.ethertype)
-	if ep, length := r.tcp.find(f); ep != nil && r.tcp.deliver(f, pkt, ep, length) {
+	if place, length := r.tcp.find(f); place >= 0 && r.tcp.deliver(f, pkt, place, length) {
 		return
 	}
 	(*dispatcher).DeliverNetworkPacket(pkt.NetworkProtocolNumber, pkt)

@@ -17,6 +17,10 @@ const (
 
 	// maxRead is how much is read from a socket at once, octets: a few super-segments.
 	maxRead = 256 << 10
+
+	// maxFill is the same for a stream: what fills four of netstack's largest frames (TestAssumeLargestFrame of
+	// package stack). A rest would be a frame of its own, which costs as much as a full one.
+	maxFill = 4 * 65274
 )
 
 // smallRead is how much is read at once, octets, where little has come lately: requests and answers. It saves to ask
@@ -196,7 +200,7 @@ func (s *stream) inbound() (more bool, err error) {
 			continue
 		}
 		s.small = n < smallRead
-		took, err := s.fill(min(n, maxRead), s.w.read)
+		took, err := s.fill(min(n, maxFill), s.w.read)
 		if err != nil || took == 0 {
 			return false, err
 		}
