@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"os"
 	"os/exec"
 	"strings"
 	"sync"
@@ -273,6 +274,7 @@ func (l *lab) listenUDP(network, address string) net.PacketConn {
 func (l *lab) sayWho(network, address string) net.Listener {
 	l.t.Helper()
 	ln := l.listen(network, address)
+	ending, end := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for {
@@ -282,12 +284,15 @@ func (l *lab) sayWho(network, address string) net.Listener {
 			}
 			wg.Go(func() {
 				defer c.Close()
+				defer context.AfterFunc(ending, func() { c.SetDeadline(time.Now().Add(patience)) })()
 				fmt.Fprintln(c, c.RemoteAddr())
-				io.Copy(c, c)
+				if _, err := io.Copy(c, c); errors.Is(err, os.ErrDeadlineExceeded) {
+					l.t.Errorf("the connection of %v was never ended", c.RemoteAddr())
+				}
 			})
 		}
 	})
-	l.t.Cleanup(func() { ln.Close(); l.driver.Close(); wg.Wait() })
+	l.t.Cleanup(func() { ln.Close(); l.driver.Close(); end(); wg.Wait() })
 	return ln
 }
 
