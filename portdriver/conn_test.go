@@ -286,12 +286,16 @@ func TestDialsHaveShares(t *testing.T) {
 		for range 12 {
 			come(a)
 		}
+		time.Sleep(placePatience)
+		synctest.Wait()
 		if n := waiting(a); n != 10 {
 			t.Errorf("%d of 12 wait, want 10", n)
 		}
 		for range 7 {
 			come(b)
 		}
+		time.Sleep(placePatience)
+		synctest.Wait()
 		if x, y := waiting(a), waiting(b); x != 5 || y != 5 {
 			t.Errorf("%d and %d wait, want 5 and 5", x, y)
 		}
@@ -309,6 +313,47 @@ func TestDialsHaveShares(t *testing.T) {
 		<-b.idle
 		if d.connections.Load() != 0 {
 			t.Errorf("%d connections are left", d.connections.Load())
+		}
+	})
+}
+
+// A crowd that comes at once is served in turns, and no forward's waits for another's.
+func TestDialsTakeTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dialled := make(map[uint16]int)
+		var mu sync.Mutex
+		d, a, b := hanging(t, 3, func(ctx context.Context, src, dst netip.AddrPort) (relay.End, error) {
+			time.Sleep(100 * time.Millisecond)
+			mu.Lock()
+			defer mu.Unlock()
+			dialled[dst.Port()]++
+			return nil, unix.ECONNREFUSED
+		})
+		for i := range 60 {
+			fd, _ := pair(t)
+			if f := a; i < 50 {
+				f.accepted(fd, someone)
+			} else {
+				b.accepted(fd, someone)
+			}
+		}
+		// 30 dials, 15 for each forward that still waits; then those of the other alone.
+		time.Sleep(1050 * time.Millisecond)
+		synctest.Wait()
+		mu.Lock()
+		if dialled[81] != 10 || dialled[80] < 15 {
+			t.Errorf("after a second %v were dialled, want all 10 of port 81", dialled)
+		}
+		mu.Unlock()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		mu.Lock()
+		if dialled[80] != 50 || d.Info().Dials != 0 || d.connections.Load() != 0 {
+			t.Errorf("in the end %v were dialled, want all: %+v", dialled, d.Info())
+		}
+		mu.Unlock()
+		if err := errors.Join(a.close(false), b.close(false), d.Close()); err != nil {
+			t.Error(err)
 		}
 	})
 }

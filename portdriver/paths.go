@@ -35,6 +35,8 @@ func (d *Driver) choose(ctx context.Context, src netip.AddrPort, dst netip.Addr)
 			return kind, "", err
 		case !local && d.stackLeads(dst):
 			return kind, PathStack, nil
+		case err != nil:
+			return kind, "", err
 		case !local:
 			return kind, "", errNoPath
 		}

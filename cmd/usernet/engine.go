@@ -82,7 +82,7 @@ func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.L
 		return nil, err
 	}
 	if o.wantsKit() {
-		e.openKit(ctx)
+		e.openKit(ctx, files)
 	}
 	if e.kit == nil {
 		if err := e.ns.Rest(); err != nil { // all that is left to do is done through the TAP's descriptor
