@@ -157,17 +157,19 @@ func (e *segmentEnd) Write(vec [][]byte) error {
 		}
 		o = o[o[1]:]
 	}
-	e.una, e.window = binary.BigEndian.Uint32(t[8:]), uint32(binary.BigEndian.Uint16(t[14:]))
-	switch {
-	case t[13]&2 != 0: // SYN
+	una, window := binary.BigEndian.Uint32(t[8:]), uint32(binary.BigEndian.Uint16(t[14:]))
+	if t[13]&2 != 0 { // SYN, whose window is not scaled
 		e.established, e.acks = true, true
-		e.next, e.expect = e.una, seq+1
-	case payload > 0:
+		e.next, e.una, e.window, e.expect = una, una, window, seq+1
+		e.cond.Broadcast()
+		return nil
+	}
+	if int32(una-e.una) >= 0 { // netstack writes from several goroutines: an older one may come later
+		e.una, e.window = una, window<<e.scale
+	}
+	if payload > 0 {
 		e.received += int(seq + uint32(payload) - e.expect)
 		e.acks, e.expect = true, seq+uint32(payload)
-		fallthrough
-	default:
-		e.window <<= e.scale
 	}
 	e.cond.Broadcast()
 	return nil
@@ -263,16 +265,21 @@ func newSegmentConn(t testing.TB, world netip.Addr, payload int) *segmentConn {
 	return c
 }
 
-// inbound has the container send n segments, and takes them.
+// inbound has the container send n segments, and takes them. Not more than 64 at a time: netstack counts a segment that
+// nobody has read yet as some KiB, whatever it carries, and drops what its buffer has no room for although the window
+// is open; nothing is sent again here.
 func (c *segmentConn) inbound(t testing.TB, n int) {
-	c.drained = 0
-	c.end.send(n)
-	for c.drained < n*len(c.payload) {
-		switch _, err := c.conn.Drain(c.drain); {
-		case errors.Is(err, unix.EAGAIN):
-			<-c.in
-		case err != nil:
-			t.Fatal(err)
+	for ; n > 0; n -= 64 {
+		want := min(n, 64) * len(c.payload)
+		c.drained = 0
+		c.end.send(min(n, 64))
+		for c.drained < want {
+			switch _, err := c.conn.Drain(c.drain); {
+			case errors.Is(err, unix.EAGAIN):
+				<-c.in
+			case err != nil:
+				t.Fatal(err)
+			}
 		}
 	}
 }
@@ -308,11 +315,7 @@ func TestSegmentAllocs(t *testing.T) {
 					for range rounds {
 						best = min(best, testing.AllocsPerRun(1, func() { way(c, t, n) }))
 					}
-					most := 0.0
-					if world.Is6() {
-						most = 4 * n // netstack's iterator over extension headers, of what comes from the container
-					}
-					if best > most {
+					if best > 0 {
 						t.Errorf("%v allocations for %d segments", best, n)
 					}
 				})
