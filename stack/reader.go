@@ -37,6 +37,7 @@ const (
 //	device ─ read ─ verify ─┬─ UDP, whole ────────── batch ── Handler.ServeUDP
 //	                        ├─ echo request, whole ────────── Handler.ServeEcho
 //	                        ├─ router solicitation, DHCP ──── answered here
+//	                        ├─ TCP of a standing connection ─ its endpoint (fastpath.go)
 //	                        └─ the rest (TCP, ARP, ND, fragments, own addresses) ── netstack
 //
 // What netstack reassembles comes back through its transport handlers (transport.go).
