@@ -299,6 +299,9 @@ func (c *segmentConn) outbound(t testing.TB, n int) {
 	c.end.await(n * len(c.payload))
 }
 
+// raceDetector: it has sync.Pool lose things at random, so that allocations say nothing.
+var raceDetector bool
+
 var segmentSizes = []int{1, 1448, 65160}
 
 // A segment costs no allocation once the connection is warm, in either direction. Counted is every allocation of the
@@ -315,7 +318,7 @@ func TestSegmentAllocs(t *testing.T) {
 					for range rounds {
 						best = min(best, testing.AllocsPerRun(1, func() { way(c, t, n) }))
 					}
-					if best > 0 {
+					if best > 0 && !raceDetector {
 						t.Errorf("%v allocations for %d segments", best, n)
 					}
 				})
