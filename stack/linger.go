@@ -23,6 +23,7 @@ const linger = time.Millisecond
 // Before it lets the kernel put the thread to sleep, the lingerer looks again and again for a while, if that has
 // paid lately: an idle processor takes tens of microseconds to come back, in a virtual machine most of all, and a round
 // trip waits for that twice. It yields between two looks, so that nobody who shares its processor waits for it.
+// The price is the time of a processor that would be idle else, while events come less than spinFor apart.
 const (
 	// spinFor bounds the looking. It is the time of a round trip through a server nearby.
 	spinFor = 100 * time.Microsecond
