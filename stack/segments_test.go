@@ -308,7 +308,10 @@ var segmentSizes = []int{1, 1448, 65160}
 // process: the pools grow with the windows, and so the best of some rounds is what a warm connection costs.
 func TestSegmentAllocs(t *testing.T) {
 	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // it would empty the pools
-	const n, rounds = 256, 20
+	n, rounds := 256, 20
+	if raceDetector {
+		n, rounds = 16, 1
+	}
 	for _, world := range []netip.Addr{world4, world6} {
 		for _, size := range segmentSizes {
 			for name, way := range map[string]func(*segmentConn, testing.TB, int){"from": (*segmentConn).inbound, "to": (*segmentConn).outbound} {
