@@ -83,6 +83,9 @@ func (u *fakeUDP) PublishUDP(fd int, to ...netip.AddrPort) (UDPForward, error) {
 	return &fakeUDPForward{u: u, fd: fd}, nil
 }
 
+// TakeUDPPort has no flows that could give way.
+func (u *fakeUDP) TakeUDPPort(_ uint16, bind func() error) error { return bind() }
+
 type fakeUDPForward struct {
 	u    *fakeUDP
 	fd   int

@@ -61,6 +61,10 @@ type StackDialer interface {
 // to is at most one address of each family; a client goes to that of its own, or else to the other.
 type UDPPublisher interface {
 	PublishUDP(fd int, to ...netip.AddrPort) (UDPForward, error)
+
+	// TakeUDPPort calls bind when none of the container's own flows has port of the host, and none can get one
+	// meanwhile. bind does not block; its error is returned.
+	TakeUDPPort(port uint16, bind func() error) error
 }
 
 // UDPForward is a UDP port that is published.

@@ -140,7 +140,12 @@ func (f *forward) bindTo(family int, sa unix.Sockaddr, v6only int) (call string,
 			return "setsockopt", err
 		}
 	}
-	if err := unix.Bind(fd, sa); err != nil {
+	err = unix.Bind(fd, sa)
+	if f.spec.udp() && f.spec.HostPort != 0 && errors.Is(err, unix.EADDRINUSE) {
+		// A server in the container that has spoken from this port has it on the host too, by its flow.
+		err = f.d.cfg.UDP.TakeUDPPort(f.spec.HostPort, func() error { return unix.Bind(fd, sa) })
+	}
+	if err != nil {
 		return "bind", err
 	}
 	if f.spec.HostPort == 0 {

@@ -1,10 +1,14 @@
 package portdriver
 
 import (
+	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // repeat has a UDP server answer each datagram with whom it came from.
@@ -65,4 +69,47 @@ func TestUDP(t *testing.T) {
 		}
 	}
 	l.add(fs[0].Spec.String())
+}
+
+// A port from which the container has spoken to somebody, so that the host has it too, is published nevertheless; but not
+// one that another program has.
+func TestUDPPortOfTheContainersOwnFlow(t *testing.T) {
+	l := newLab(t, labConfig{})
+	peer, err := net.ListenUDP("udp4", &net.UDPAddr{IP: host4.AsSlice()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	port := freePorts(t, 1)
+	server := l.listenUDP("udp4", fmt.Sprintf(":%d", port))
+	speak := func() (from netip.AddrPort) {
+		t.Helper()
+		until(t, "the container is heard", func() bool {
+			if _, err := server.WriteTo([]byte("hello"), peer.LocalAddr()); err != nil {
+				t.Fatal(err)
+			}
+			peer.SetReadDeadline(time.Now().Add(time.Second))
+			_, from, err = peer.ReadFromUDPAddrPort(make([]byte, 100))
+			return err == nil
+		})
+		return from
+	}
+	if from := speak(); int(from.Port()) != port {
+		t.Fatalf("the container's port %d is %v on the host", port, from)
+	}
+	f := l.add(fmt.Sprintf("%d:%[1]d/udp", port))[0]
+	if from := speak(); int(from.Port()) == port {
+		t.Error("the container's own flow still has the port")
+	}
+	if err := l.driver.Remove(t.Context(), f.ID, false); err != nil {
+		t.Fatal(err)
+	}
+	taken, err := net.ListenUDP("udp4", &net.UDPAddr{IP: host4.AsSlice(), Port: port})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	if _, err := l.driver.Add(t.Context(), Spec{Proto: "udp", HostPort: uint16(port), ContainerPort: uint16(port)}); !errors.Is(err, unix.EADDRINUSE) {
+		t.Errorf("a port of another program: %v", err)
+	}
 }
