@@ -135,6 +135,9 @@ type fakeManager struct{ *fakePorts }
 func (m fakeManager) AddPort(ctx context.Context, s port.Spec) (*port.Status, error) {
 	host, _ := netip.ParseAddr(s.ParentIP)
 	added, err := m.Add(ctx, portdriver.Spec{Proto: s.Proto, Host: host, HostPort: uint16(s.ParentPort), ContainerPort: uint16(s.ChildPort)})
+	if conflict, ok := errors.AsType[portdriver.ErrConflict](err); ok {
+		return nil, fmt.Errorf("conflict with ID %d", conflict.ID) // without the remedy, as the driver's own
+	}
 	if err != nil {
 		return nil, err
 	}

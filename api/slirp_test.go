@@ -38,8 +38,8 @@ func TestSlirp(t *testing.T) {
 	for _, c := range []struct{ what, request, answer string }{
 		{"empty list", `{"execute": "list_hostfwd"}`, `{"return":{"entries":[]},"entries":[]}`},
 		{"add", add, `{"return":{"id":1}}`},
-		{"list", `{"execute":"list_hostfwd"}`, `{"return":{"entries":[` + entry + `]},"entries":[` + entry + `]}`}, // better: as the manual says, too
-		{"taken", add, bad("add_hostfwd: slirp_add_hostfwd failed: conflict with ID 1")},                           // better: says why
+		{"list", `{"execute":"list_hostfwd"}`, `{"return":{"entries":[` + entry + `]},"entries":[` + entry + `]}`},                    // better: as the manual says, too
+		{"taken", add, bad("add_hostfwd: slirp_add_hostfwd failed: conflict with ID 1: remove that forward, or choose another port")}, // better: says why
 		{"defaults", addWith(`{"host_addr":"none","guest_addr":"none","host_port":8081}`), `{"return":{"id":2}}`},
 		{"null", addWith(`{"host_addr":null,"guest_addr":null,"host_port":8082}`), `{"return":{"id":3}}`},
 		{"udp", addWith(`{"proto":"udp"}`), `{"return":{"id":4}}`},

@@ -24,7 +24,10 @@ func (e ErrUnknownID) Error() string { return fmt.Sprintf("unknown id: %d", e.ID
 // ErrConflict is what Add returns for what another forward publishes already.
 type ErrConflict struct{ ID int }
 
-func (e ErrConflict) Error() string { return fmt.Sprintf("conflict with ID %d", e.ID) }
+// Error begins with rootlesskit's words.
+func (e ErrConflict) Error() string {
+	return fmt.Sprintf("conflict with ID %d: remove that forward, or choose another port", e.ID)
+}
 
 // ErrLimit is what Add returns where there are as many forwards as may be.
 type ErrLimit struct{ Max, Files int }
@@ -132,6 +135,10 @@ func portStart() int {
 
 // rootlesskitText is an error in rootlesskit's words, which its clients show and some search.
 func (d *Driver) rootlesskitText(err error) error {
+	var conflict ErrConflict
+	if errors.As(err, &conflict) {
+		return fmt.Errorf("conflict with ID %d", conflict.ID)
+	}
 	var e *ErrListen
 	if !errors.As(err, &e) {
 		return err

@@ -160,7 +160,7 @@ func TestConflict(t *testing.T) {
 	same := f.Spec
 	same.ContainerPort = 81
 	var conflict ErrConflict
-	if _, err := d.Add(t.Context(), same); !errors.As(err, &conflict) || conflict.ID != f.ID || err.Error() != "conflict with ID 1" {
+	if _, err := d.Add(t.Context(), same); !errors.As(err, &conflict) || conflict.ID != f.ID || err.Error() != "conflict with ID 1: remove that forward, or choose another port" {
 		t.Errorf("the same place: %v", err)
 	}
 	other := same
