@@ -210,6 +210,11 @@ func readAdd(body io.Reader) ([]portdriver.Spec, error) {
 	for _, f := range request.Forwards {
 		specs = append(specs, f.driver())
 	}
+	for _, s := range specs {
+		if s.HostPath != "" && !filepath.IsAbs(s.HostPath) {
+			return nil, badRequest("%q is not an absolute path: a client's directory is not known here", s.HostPath)
+		}
+	}
 	switch {
 	case len(specs) == 0:
 		return nil, badRequest(`nothing to publish: "publish" or "forwards" must say what`)

@@ -285,6 +285,8 @@ func TestForwards(t *testing.T) {
 		{api.AddRequest{Publish: []string{"6:6", "3:3"}}, api.Error{Status: 409, Code: api.CodeNotAvailable}},
 		{api.AddRequest{Publish: []string{"6:6", "4:4"}}, api.Error{Status: 503, Code: api.CodeBusy}},
 		{api.AddRequest{Publish: []string{"1-65535:1-65535", "1-65535:1-65535/udp", "1-65535:1-65535/tcp6"}}, api.Error{Status: 413, Code: api.CodeTooLarge}},
+		{api.AddRequest{Publish: []string{"6:6", "./a.sock:80"}}, api.Error{Status: 400, Code: api.CodeBadRequest}},
+		{api.AddRequest{Forwards: []api.Spec{{Proto: "tcp", HostPath: "@a", ContainerPort: 80}}}, api.Error{Status: 400, Code: api.CodeBadRequest}},
 		{api.AddRequest{Forwards: []api.Spec{{}}}, api.Error{Status: 400, Code: api.CodeBadRequest}},
 	} {
 		_, err := c.Add(ctx, f.request)

@@ -17,7 +17,7 @@ type Spec struct {
 	Host     netip.Addr // of the host; zero: all of them. 0.0.0.0 is IPv4 alone and :: is IPv6 alone.
 	HostPort uint16     // 0: the kernel picks one
 
-	// HostPath is a unix socket that takes the place of Host and HostPort; tcp only.
+	// HostPath is a unix socket that takes the place of Host and HostPort; tcp only. It begins with / or ./.
 	HostPath string
 
 	// Container is an address in the container or in its network. Zero: the container's own, of the client's family
@@ -47,15 +47,14 @@ func ParseSpec(s string) ([]Spec, error) {
 func parseSpec(s string) ([]Spec, error) {
 	rest, ports, proto, both := cutLast(s)
 	spec := Spec{Proto: proto}
-	isPath := strings.HasPrefix(s, "/") || strings.HasPrefix(s, "./")
-	if isPath && !both {
+	if isPath(s) && !both {
 		return nil, errors.New("a path is followed by :PORT")
 	}
 	first, last, err := parseRange(ports)
 	if err != nil {
 		return nil, err
 	}
-	if isPath {
+	if isPath(s) {
 		spec.HostPath, spec.Container = cutContainer(rest)
 		spec.ContainerPort = first
 		if first != last {
@@ -117,6 +116,8 @@ func parseSpec(s string) ([]Spec, error) {
 	}
 	return specs, nil
 }
+
+func isPath(s string) bool { return strings.HasPrefix(s, "/") || strings.HasPrefix(s, "./") }
 
 // cutLast takes the last port or range and the protocol off s; both: there is something before.
 func cutLast(s string) (rest, ports, proto string, both bool) {
@@ -248,6 +249,8 @@ func (s Spec) check() error {
 			return fmt.Errorf("a unix socket leads to a tcp port, not to %s", s.Proto)
 		case s.Host.IsValid() || s.HostPort != 0:
 			return errors.New("a forward has a unix socket or an address, not both")
+		case !isPath(s.HostPath): // an @, say, would be a name without a file, open to everybody
+			return fmt.Errorf("%q is no path of a unix socket: it begins with / or ./", s.HostPath)
 		case len(s.HostPath) > maxPath:
 			return fmt.Errorf("the path of a unix socket has at most %d octets", maxPath)
 		case strings.ContainsRune(s.HostPath, 0):

@@ -36,7 +36,7 @@ func ParseAuto(s string) (a AutoConfig, ok bool, err error) {
 		items = word[len("auto:"):]
 	default:
 		i := strings.Index(word, ":auto")
-		if i < 0 || strings.HasPrefix(s, "/") || strings.HasPrefix(s, "./") {
+		if i < 0 || isPath(s) {
 			return a, false, nil
 		}
 		host, items = word[:i], word[i+len(":auto"):]

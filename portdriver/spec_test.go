@@ -113,6 +113,16 @@ func TestParseAuto(t *testing.T) {
 	}
 }
 
+// A path of a Spec that was not parsed is one as well, and no abstract name.
+func TestPathsOfSpecs(t *testing.T) {
+	for _, path := range []string{"@a", "a", "../a", "\x00a"} {
+		s := Spec{Proto: "tcp", HostPath: path, ContainerPort: 80}
+		if err := s.check(); err == nil || !strings.Contains(err.Error(), "begins with / or ./") {
+			t.Errorf("%q: %v", path, err)
+		}
+	}
+}
+
 // What ParseSpec accepts is what a Spec's text says, and can be published or not, but never more than a range of ports.
 func FuzzParseSpec(f *testing.F) {
 	for _, s := range []string{"8080:80", "127.0.0.1:5353:53/udp", "[::1]:9000-9010:9000-9010", "2222:10.0.2.100:22",

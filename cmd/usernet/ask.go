@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
 	"strconv"
 	"strings"
 
@@ -77,7 +78,17 @@ func parseQuestion(args []string, env func(string) string) (*options, error) {
 		if len(rest) == 0 {
 			return nil, errors.New("port add: which? for example 8080:80, 127.0.0.1:5353:53/udp or [::1]:9000-9010:9000-9010")
 		}
-		q.specs = rest
+		for _, s := range rest {
+			// A path is meant where it is typed, and usernet may run elsewhere.
+			if strings.HasPrefix(s, "./") {
+				dir, err := os.Getwd()
+				if err != nil {
+					return nil, fmt.Errorf("port add %s: %w", s, err)
+				}
+				s = dir + s[1:]
+			}
+			q.specs = append(q.specs, s)
+		}
 	case "remove":
 		if len(rest) == 0 {
 			return nil, errors.New("port remove: which? give the numbers that port list shows")

@@ -56,6 +56,10 @@ func environment(kv map[string]string) func(string) string {
 func line(s string) []string { return strings.Fields(s) }
 
 func TestParse(t *testing.T) {
+	wd, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
 	defaults := func(change func(*options)) *options {
 		p, err := newPlan(defaultCIDR, defaultCIDR6, true)
 		if err != nil {
@@ -120,6 +124,7 @@ func TestParse(t *testing.T) {
 		})},
 		{"1 --api-socket /s --pprof", defaults(func(o *options) { o.pid, o.apiSocket, o.pprof = 1, "/s", true })},
 		{"port add --socket /s 8080:80 9000", &options{command: cmdAsk, question: &question{verb: "add", socket: "/s", specs: line("8080:80 9000")}}},
+		{"port add ./a.sock:80", &options{command: cmdAsk, question: &question{verb: "add", specs: []string{wd + "/a.sock:80"}}}}, // the server may run elsewhere
 		{"port list --json", &options{command: cmdAsk, question: &question{verb: "list", json: true}}},
 		{"port remove 3 --drain 4", &options{command: cmdAsk, question: &question{verb: "remove", drain: true, ids: []int{3, 4}}}},
 		{"info", &options{command: cmdAsk, question: &question{verb: "info"}}},
