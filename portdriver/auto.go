@@ -12,7 +12,7 @@ import (
 )
 
 // scanPause lies between two looks at who listens in the container: a server that has just come up is published within
-// half a second, and a look costs four system calls.
+// half a second, and a look costs a dozen system calls: a question for each protocol and family, and its answer in two parts.
 const scanPause = 500 * time.Millisecond
 
 // Auto publishes what listens in the container, and withdraws it when it goes; what it has of connections
@@ -62,6 +62,7 @@ type watcher struct {
 	ids    map[Spec]int    // published
 	failed map[Spec]string // not to be had, and said so
 	blind  bool            // the container cannot be looked into, and it was said
+	full   bool            // there are more than may be published, and it was said
 }
 
 func (w *watcher) look(ctx context.Context, autos []AutoConfig) {
@@ -74,9 +75,11 @@ func (w *watcher) look(ctx context.Context, autos []AutoConfig) {
 		return
 	}
 	w.blind = false
+	var ephemeral PortRange
+	ephemeral.First, ephemeral.Last = w.d.kit.Ephemeral()
 	want := make(map[Spec]bool)
 	for _, a := range autos {
-		for _, s := range a.specs(listening) {
+		for _, s := range a.specs(listening, ephemeral) {
 			want[s] = true
 		}
 	}
@@ -102,11 +105,17 @@ func (w *watcher) look(ctx context.Context, autos []AutoConfig) {
 		}
 	}, func(a, b Spec) int { return cmp.Or(cmp.Compare(a.HostPort, b.HostPort), cmp.Compare(a.Proto, b.Proto)) })
 	for _, s := range todo {
-		if len(w.ids) >= w.d.limits.Forwards/2 {
-			return // a container that listens everywhere leaves room for what the user asks for
+		if most := w.d.limits.Forwards / 2; len(w.ids) >= most {
+			// A container that listens everywhere leaves room for what the user asks for.
+			if !w.full {
+				w.full = true
+				w.d.log.Warn("more is listened on in the container than is published by itself", "published", most, "first left out", s.String())
+			}
+			return
 		}
 		w.publish(ctx, s)
 	}
+	w.full = false
 }
 
 func (w *watcher) publish(ctx context.Context, s Spec) {
@@ -123,7 +132,7 @@ func (w *watcher) publish(ctx context.Context, s Spec) {
 }
 
 // specs are what a config makes of those who listen.
-func (a AutoConfig) specs(listening []inside.Listening) []Spec {
+func (a AutoConfig) specs(listening []inside.Listening, ephemeral PortRange) []Spec {
 	// A server on all addresses, or on the container's own, is for everybody; one on its loopback for the host's.
 	type key struct {
 		udp, loopback bool
@@ -136,7 +145,7 @@ func (a AutoConfig) specs(listening []inside.Listening) []Spec {
 		mapped := addr.Is4In6()
 		addr = addr.Unmap()
 		k := key{udp, addr.IsLoopback(), l.Addr.Port()}
-		if !a.wants(udp, k.port) || k.port == 0 || udp && k.loopback || addr.IsMulticast() {
+		if !a.wants(udp, k.port, ephemeral) || k.port == 0 || udp && k.loopback || addr.IsMulticast() {
 			continue
 		}
 		f := found[k]

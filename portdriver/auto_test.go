@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"slices"
@@ -38,6 +39,7 @@ func TestAutoSpecs(t *testing.T) {
 		"both loopbacks":    {all, listening("tcp 127.0.0.1:80", "tcp [::1]:80"), []string{"127.0.0.1:80:80/tcp", "[::1]:80:80/tcp"}},
 		"loopback and else": {all, listening("tcp 127.0.0.1:80", "tcp 10.0.2.100:80"), []string{"80:80/tcp4"}},
 		"clients":           {all, listening("udp 0.0.0.0:40000", "udp 0.0.0.0:68", "tcp 0.0.0.0:40000"), []string{"40000:40000/tcp4"}},
+		"not the clients'":  {all, listening("udp 0.0.0.0:29999", "udp 0.0.0.0:50001", "udp [::]:50000"), []string{"29999:29999/udp4", "50001:50001/udp4"}},
 		"asked for":         {AutoConfig{Include: []PortRange{{40000, 40000}}}, listening("udp 0.0.0.0:40000", "tcp 0.0.0.0:80"), []string{"40000:40000/udp4"}},
 		"left out":          {AutoConfig{Exclude: []PortRange{{1, 79}, {81, 90}}}, listening("tcp 0.0.0.0:79", "tcp 0.0.0.0:80", "tcp 0.0.0.0:81"), []string{"80:80/tcp4"}},
 		"UDP alone":         {AutoConfig{UDP: true}, listening("tcp 0.0.0.0:79", "udp 0.0.0.0:80"), []string{"80:80/udp4"}},
@@ -45,7 +47,7 @@ func TestAutoSpecs(t *testing.T) {
 		"at loopback":       {AutoConfig{Host: localhost}, listening("tcp [::]:81", "tcp 127.0.0.1:82", "tcp [::1]:83", "tcp [::1]:82"), []string{"127.0.0.1:81:81/tcp", "127.0.0.1:82:82/tcp", "127.0.0.1:83:83/tcp"}},
 	} {
 		var got []string
-		for _, s := range c.config.specs(c.has) {
+		for _, s := range c.config.specs(c.has, PortRange{30000, 50000}) {
 			if err := s.check(); err != nil {
 				t.Errorf("%s: %v: %v", name, s, err)
 			}
@@ -138,4 +140,46 @@ func TestAuto(t *testing.T) {
 	if err := bare(t, nil).Auto(AutoConfig{}); err == nil {
 		t.Error("without a kit nobody can look")
 	}
+}
+
+// A container that listens everywhere leaves room for what is asked for by hand, and the log says so once.
+func TestAutoLeavesRoom(t *testing.T) {
+	log := &logBuffer{}
+	d := bare(t, func(c *Config) { c.MaxFiles, c.Log = 1, slog.New(slog.NewTextHandler(log, nil)) })
+	k := &fakeKit{}
+	d.kit = k
+	first := freePorts(t, minLimit)
+	listen := func(n int) {
+		var all []inside.Listening
+		for i := range n {
+			all = append(all, inside.Listening{Proto: "tcp", Addr: netip.AddrPortFrom(container4, uint16(first+i))})
+		}
+		k.listen(all...)
+	}
+	w := watcher{d: d, ids: make(map[Spec]int), failed: make(map[Spec]string)}
+	look := func(want int) {
+		t.Helper()
+		w.look(t.Context(), []AutoConfig{{TCP: true}})
+		if n := len(d.List()); n != want {
+			t.Errorf("%d are published, want %d", n, want)
+		}
+	}
+	told := func(want int) {
+		t.Helper()
+		if n := strings.Count(log.String(), "more is listened on"); n != want {
+			t.Errorf("it was told %d times, want %d:\n%s", n, want, log)
+		}
+	}
+	listen(minLimit / 2)
+	look(minLimit / 2)
+	told(0)
+	listen(minLimit)
+	look(minLimit / 2)
+	look(minLimit / 2)
+	told(1)
+	listen(3)
+	look(3)
+	listen(minLimit)
+	look(minLimit / 2)
+	told(2)
 }

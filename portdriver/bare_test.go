@@ -149,6 +149,8 @@ func (k *fakeKit) Listening(context.Context) ([]inside.Listening, error) {
 	return k.listening, nil
 }
 
+func (k *fakeKit) Ephemeral() (low, high uint16) { return 32768, 60999 }
+
 func (k *fakeKit) listen(l ...inside.Listening) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

@@ -88,6 +88,7 @@ type kit interface {
 	Doubt()
 	Ready(kind inside.Kind) (fd int, ok bool)
 	Listening(ctx context.Context) ([]inside.Listening, error)
+	Ephemeral() (low, high uint16)
 }
 
 // Driver is a table of forwards. All methods may be called concurrently.

@@ -13,7 +13,7 @@ type AutoConfig struct {
 	Host     netip.Addr // where to publish; zero: on all of the host's addresses
 	TCP, UDP bool       // neither: both
 
-	// Ports that are published; none: all, but for UDP those of clients (see clientPorts).
+	// Ports that are published; none: all, but for UDP those that clients have (see clientPorts).
 	Include []PortRange
 	Exclude []PortRange // these are not, whatever Include says
 }
@@ -88,20 +88,19 @@ func ParseAuto(s string) (a AutoConfig, ok bool, err error) {
 	return a, true, nil
 }
 
-// wants tells whether a port of the container's is to be published.
-func (a AutoConfig) wants(udp bool, port uint16) bool {
+// wants tells whether a port of the container's is to be published; ephemeral are those that its kernel picks.
+func (a AutoConfig) wants(udp bool, port uint16, ephemeral PortRange) bool {
 	switch {
 	case a.TCP != a.UDP && a.UDP != udp, within(a.Exclude, port):
 		return false
 	case len(a.Include) > 0:
 		return within(a.Include, port)
 	}
-	return !udp || !within(clientPorts, port)
+	return !udp || !within(clientPorts, port) && !within([]PortRange{ephemeral}, port)
 }
 
-// clientPorts are those that a UDP socket without a peer has more often as a client than as a server: the ephemeral
-// ones (net.ipv4.ip_local_port_range), DHCP's and DHCPv6's.
-var clientPorts = []PortRange{{32768, 60999}, {68, 68}, {546, 546}}
+// clientPorts are those that a UDP socket without a peer has as a client, beside the ephemeral ones: DHCP's and DHCPv6's.
+var clientPorts = []PortRange{{68, 68}, {546, 546}}
 
 func within(ranges []PortRange, port uint16) bool {
 	for _, r := range ranges {
