@@ -92,9 +92,7 @@ var (
 func around(most int, limits ...int) []int {
 	sizes := []int{1, 2, 3, 7, 8, 100, most - 1, most}
 	for _, l := range limits {
-		for _, n := range []int{l - 1, l, l + 1, 2*l - 1, 2 * l, 2*l + 1} {
-			sizes = append(sizes, n)
-		}
+		sizes = append(sizes, l-1, l, l+1, 2*l-1, 2*l, 2*l+1)
 	}
 	slices.Sort(sizes)
 	sizes = slices.Compact(sizes)

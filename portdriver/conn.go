@@ -40,6 +40,9 @@ type conn struct {
 	over   bool
 }
 
+// atOnce stands where a context does, for what runs on the relay's worker and must not wait: errWait tells that it would have to.
+var atOnce context.Context
+
 // accepted is called by a worker of the relay's, and must not block.
 func (f *forward) accepted(fd int, client netip.AddrPort) {
 	c := &conn{f: f, fd: fd, client: client, socket: -1}
@@ -48,7 +51,7 @@ func (f *forward) accepted(fd int, client netip.AddrPort) {
 		relay.Reset(fd)
 		return
 	}
-	if err := c.dial(nil); err == errWait {
+	if err := c.dial(atOnce); err == errWait {
 		f.d.dialLater(c)
 	} else if err != nil {
 		c.refuse(err)
@@ -125,7 +128,7 @@ func (c *conn) dial(ctx context.Context) error {
 		if c.why == nil {
 			c.why = fmt.Errorf("dial %v: %w", dst, err)
 		}
-		if ctx != nil && ctx.Err() != nil {
+		if ctx != atOnce && ctx.Err() != nil {
 			break
 		}
 	}
@@ -154,7 +157,7 @@ func (c *conn) dialOne(ctx context.Context, dst netip.AddrPort) error {
 		}
 	}
 	c.dropSocket()
-	if ctx == nil {
+	if ctx == atOnce {
 		return errWait
 	}
 	end, err := d.cfg.Stack.DialFrom(ctx, src, dst)
@@ -211,7 +214,7 @@ func (c *conn) dialKernel(ctx context.Context, kind inside.Kind, src, dst netip.
 // await waits for c.socket's connect; ctx has the deadline. Over lo there is nothing to wait for, unless the machine is
 // busy, the server's queue is full, or the container has taken the routing away that leads back to us.
 func (c *conn) await(ctx context.Context, kind inside.Kind) error {
-	if ctx == nil {
+	if ctx == atOnce {
 		return errWait
 	}
 	d := c.f.d
@@ -260,7 +263,7 @@ func (d *Driver) socket(ctx context.Context, kind inside.Kind) (int, error) {
 	if fd, ok := d.kit.Ready(kind); ok {
 		return fd, nil
 	}
-	if ctx == nil {
+	if ctx == atOnce {
 		return -1, errWait
 	}
 	ctx, cancel := context.WithTimeout(ctx, socketPatience)

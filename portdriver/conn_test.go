@@ -137,7 +137,7 @@ func TestRemove(t *testing.T) {
 		until(t, "it is forgotten", func() bool { _, ok := l.driver.Get(f.ID); return !ok })
 
 		// One that drains can still be cut off.
-		client, server = connect(again[0])
+		client, _ = connect(again[0])
 		for _, drain := range []bool{true, false} {
 			if err := l.driver.Remove(t.Context(), again[0].ID, drain); err != nil {
 				t.Error(err)
@@ -250,7 +250,7 @@ func TestDialHasDeadline(t *testing.T) {
 		if ended(client) || d.Info().Dials != 1 {
 			t.Errorf("it ended early: %+v", d.Info())
 		}
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		synctest.Wait()
 		if !ended(client) || time.Since(begun) != 10*time.Second {
 			t.Errorf("it goes on")

@@ -15,10 +15,7 @@ const (
 	// turn is how many reads or writes a stream may do before the others have theirs.
 	turn = 4
 
-	// maxRead is how much is read from a socket at once, octets: a few super-segments.
-	maxRead = 256 << 10
-
-	// maxFill is the same for a stream: what fills four of netstack's largest frames (TestAssumeLargestFrame of
+	// maxFill is how much is read from a socket at once, octets: what fills four of netstack's largest frames (TestAssumeLargestFrame of
 	// package stack). A rest would be a frame of its own, which costs as much as a full one.
 	maxFill = 4 * 65274
 )
