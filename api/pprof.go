@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"net/http"
+	"runtime"
 	"runtime/pprof"
 	"strconv"
 	"strings"
@@ -26,6 +27,9 @@ func (s *Server) profiles(mux *http.ServeMux) {
 			}
 			fail(w, &Error{Status: http.StatusNotFound, Code: CodeNotFound, Message: "no such profile; there are profile, " + strings.Join(names, ", ")})
 			return
+		}
+		if gc, _ := strconv.Atoi(r.FormValue("gc")); name == "heap" && gc > 0 {
+			runtime.GC() // what is left is in use, as with net/http/pprof
 		}
 		debug, _ := strconv.Atoi(r.FormValue("debug"))
 		contentType := "application/octet-stream"

@@ -1,12 +1,15 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"strconv"
 	"sync"
+	"syscall"
+	"time"
 )
 
 // helper is the command line that runs the test binary as a small program, in a container for instance.
@@ -24,6 +27,8 @@ func helperMain(name string, args []string) int {
 		"pattern": helperPattern,
 		"churn":   helperChurn,
 		"idle":    helperIdle,
+		"crowd":   helperCrowd,
+		"echo":    helperEcho,
 	}
 	if err := helpers[name](args); err != nil {
 		fmt.Fprintln(os.Stderr, name+":", err)
@@ -119,4 +124,80 @@ func helperIdle(args []string) error {
 	}
 	fmt.Println("alive")
 	return nil
+}
+
+// crowd ADDR N connects N times at once, with an octet there and back on each, says how many were served, reset and failed
+// otherwise, and holds those that were served until its standard input ends. Then it says how many of them still carry.
+func helperCrowd(args []string) error {
+	n, err := strconv.Atoi(args[1])
+	if err != nil {
+		return err
+	}
+	var mu sync.Mutex
+	var served []net.Conn
+	var reset, failed int
+	var last error
+	var dials sync.WaitGroup
+	start := make(chan struct{})
+	for range n {
+		dials.Go(func() {
+			<-start
+			c, err := net.DialTimeout("tcp", args[0], patience)
+			if err == nil {
+				c.SetDeadline(time.Now().Add(patience))
+				err = ping(c)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			switch {
+			case err == nil:
+				served = append(served, c)
+				return
+			case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+				reset++
+			default:
+				failed++
+				last = err
+			}
+			if c != nil {
+				c.Close()
+			}
+		})
+	}
+	close(start)
+	dials.Wait()
+	fmt.Printf("served %d reset %d failed %d %v\n", len(served), reset, failed, last)
+	io.Copy(io.Discard, os.Stdin)
+	alive := 0
+	for i, c := range served {
+		c.SetDeadline(time.Now().Add(patience))
+		if ping(c) == nil {
+			alive++
+		}
+		if i%2 == 0 {
+			c.(*net.TCPConn).SetLinger(0) // no TIME-WAIT: another crowd may come
+		}
+		c.Close()
+	}
+	fmt.Printf("alive %d\n", alive)
+	return nil
+}
+
+// echo ADDR is a server that says "listening", and echoes until it is killed.
+func helperEcho(args []string) error {
+	l, err := net.Listen("tcp", args[0])
+	if err != nil {
+		return err
+	}
+	fmt.Println("listening")
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer c.Close()
+			echo(c.(*net.TCPConn))
+		}()
+	}
 }

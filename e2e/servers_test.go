@@ -18,9 +18,14 @@ import (
 // listen opens a TCP listener in a place.
 func (p *place) listen(t testing.TB, addr string) net.Listener {
 	t.Helper()
+	return p.listenOn(t, "tcp", addr)
+}
+
+func (p *place) listenOn(t testing.TB, network, addr string) net.Listener {
+	t.Helper()
 	var l net.Listener
 	var err error
-	p.do(func() { l, err = net.Listen("tcp", addr) })
+	p.do(func() { l, err = net.Listen(network, addr) })
 	if err != nil {
 		t.Fatalf("listen on %s in %s: %v", addr, p.name, err)
 	}
@@ -65,7 +70,12 @@ func (p *place) connect(t testing.TB, network, addr string) net.Conn {
 // serveTCP answers each connection with handle, and waits for all of them at the end of the test.
 func (p *place) serveTCP(t testing.TB, addr string, handle func(*net.TCPConn)) netip.AddrPort {
 	t.Helper()
-	l := p.listen(t, addr)
+	return p.serve(t, "tcp", addr, handle)
+}
+
+func (p *place) serve(t testing.TB, network, addr string, handle func(*net.TCPConn)) netip.AddrPort {
+	t.Helper()
+	l := p.listenOn(t, network, addr)
 	go func() {
 		for {
 			c, err := l.Accept()
