@@ -49,7 +49,7 @@ func ParseAuto(s string) (a AutoConfig, ok bool, err error) {
 		return AutoConfig{}, true, fmt.Errorf("port %q: %w", s, err)
 	}
 	if strings.HasSuffix(word, ":") {
-		return fail(errors.New("a list of ports is missing behind auto:"))
+		return fail(errors.New("a list of ports is missing behind the colon of auto"))
 	}
 	if host != "" {
 		if err := notAddr(host); err != nil {
