@@ -58,15 +58,13 @@ func (f *forward) accepted(fd int, client netip.AddrPort) {
 	}
 }
 
-// begin counts c, unless there are too many.
+// begin counts c, unless there are too many: in all, or of this forward when hardly a place is left, which is for the others.
 func (f *forward) begin(c *conn) bool {
-	if f.d.connections.Add(1) > int64(f.d.limits.Connections) {
-		f.d.connections.Add(-1)
-		return false
-	}
+	most := f.d.limits.Connections
+	now := int(f.d.connections.Add(1))
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.closed {
+	if f.closed || now > most || now > most-most/keptForOthers && len(f.conns) >= most/2 {
 		f.d.connections.Add(-1)
 		return false
 	}

@@ -358,6 +358,37 @@ func TestDialsTakeTurns(t *testing.T) {
 	})
 }
 
+// A forward whose clients take all that they can get leaves places to the others.
+func TestConnectionsOfOneForward(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d, a, b := hanging(t, 100, hang)
+		d.limits.Connections = 16
+		come := func(f *forward, n int) (taken int) {
+			for range n {
+				fd, client := pair(t)
+				f.accepted(fd, someone)
+				synctest.Wait()
+				if !ended(client) {
+					taken++
+				}
+			}
+			return taken
+		}
+		if n := come(a, 20); n != 14 {
+			t.Errorf("one forward has %d of 16 connections, want 14", n)
+		}
+		if n := come(b, 4); n != 2 {
+			t.Errorf("the other has %d, want the last 2", n)
+		}
+		if err := errors.Join(a.close(false), b.close(false), d.Close()); err != nil {
+			t.Error(err)
+		}
+		if n := d.connections.Load(); n != 0 {
+			t.Errorf("%d are counted at the end", n)
+		}
+	})
+}
+
 func TestConnectionLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d, a, b := hanging(t, 10, hang)

@@ -14,5 +14,6 @@
 // The addresses that are dialled, one after the other until one does not refuse, are those of targets.
 //
 // Nobody's container or client can hold up another forward: what is accepted is served by the relay's
-// workers, dials that hang have a deadline and are bounded, and a forward that has most of them gives way.
+// workers, dials that hang have a deadline and are bounded, and a forward that has most of them gives way. Of the places for
+// connections the last are kept for forwards that have few.
 package portdriver

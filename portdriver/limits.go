@@ -11,6 +11,10 @@ const (
 	// minLimit of forwards and of connections are granted however few files there are; EMFILE then pauses.
 	minLimit = 16
 
+	// keptForOthers: this part of the connections is not for a forward that has half of them, whose clients could
+	// otherwise keep those of all others out for as long as they like.
+	keptForOthers = 8
+
 	// maxDials: a dial that hangs holds two files, a goroutine and its client's patience. A listener's queue in the
 	// container that is full is what makes dials hang, and no more than this many at a time can be of use then.
 	maxDials = 1024
