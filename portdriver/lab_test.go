@@ -162,7 +162,8 @@ func newLab(t testing.TB, cfg labConfig) *lab {
 	l.driver, err = New(c)
 	must(err)
 
-	// The driver ends first, as in the program: what serves its connections is there until they are reset.
+	// The driver ends first, so that it is what resets its connections, and not the end of the relay. (In the program
+	// all end at once.)
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	for _, run := range parts {
