@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -36,30 +35,6 @@ func TestGate(t *testing.T) {
 	}
 	if g := newGate(); int(g.uid) != os.Geteuid() || g.overflow == 0 {
 		t.Errorf("%+v", g)
-	}
-}
-
-// Somebody who keeps the lock of a directory that others can open, as /tmp, is no reason to hang.
-func TestLockIsHeld(t *testing.T) {
-	dir := t.TempDir()
-	var files [2]*socketFile
-	for i := range files {
-		d, err := os.Open(dir)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer d.Close()
-		files[i] = &socketFile{path: filepath.Join(dir, "s"), dir: d, base: "s"}
-	}
-	if err := files[0].lock(lockPatience); err != nil {
-		t.Fatal(err)
-	}
-	if err := files[1].lock(time.Millisecond); err == nil || !strings.Contains(err.Error(), "another process has held it") {
-		t.Errorf("%v", err)
-	}
-	files[0].unlock()
-	if err := files[1].lock(lockPatience); err != nil {
-		t.Error(err)
 	}
 }
 

@@ -69,7 +69,7 @@ func (s *Server) handler() http.Handler {
 // rootlesskit is what its router asks.
 func (s *Server) rootlesskit() *router.Backend {
 	b := &router.Backend{
-		StateDir:      filepath.Dir(s.file.path),
+		StateDir:      filepath.Dir(s.file.Path()),
 		ChildPID:      s.info().ContainerPID,
 		NetworkDriver: networkInfo{s},
 	}

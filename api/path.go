@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"usernet/portdriver/sockfile"
 )
 
 // DefaultPath is where the control socket of the process called name goes when nobody says: $XDG_RUNTIME_DIR/usernet/NAME.sock.
@@ -26,29 +28,14 @@ func DefaultPath(name string) (string, error) {
 	return filepath.Join(dir, name+".sock"), nil
 }
 
-// maxSweep names are looked at for each start, so that it takes no longer where thousands run.
-const maxSweep = 4096
-
-// sweep removes dead sockets that are named by a PID. What it cannot remove does no harm.
+// sweep removes dead sockets that are named by a PID.
 func sweep(dir string) {
-	d, err := os.Open(dir)
-	if err != nil {
-		return
-	}
-	defer d.Close()
-	names, _ := d.Readdirnames(maxSweep)
-	locked := false
-	for _, name := range names {
-		pid, err := strconv.Atoi(strings.TrimSuffix(name, ".sock"))
-		if err != nil || pid <= 0 || !strings.HasSuffix(name, ".sock") || !errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
-			continue // most live ones are told by that, and need not be woken
-		}
-		f := &socketFile{path: filepath.Join(dir, name), dir: d, base: name}
-		if locked = locked || f.lock(0) == nil; !locked {
-			return // another one starts, and sweeps
-		}
-		_ = f.clear() // one that is live, in another PID namespace, stays
-	}
+	sockfile.Sweep(dir, func(name string) bool {
+		number, ok := strings.CutSuffix(name, ".sock")
+		pid, err := strconv.Atoi(number)
+		// Most live ones are told by their process, and need not be woken. One of another PID namespace stays as it is live.
+		return ok && err == nil && pid > 0 && errors.Is(unix.Kill(pid, 0), unix.ESRCH)
+	})
 }
 
 // DefaultDir makes the directory of DefaultPath, or sees that it is as it must be: ours, and closed to all others. It is

@@ -15,6 +15,7 @@ import (
 	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 
 	"usernet/portdriver"
+	"usernet/portdriver/sockfile"
 )
 
 // What clients can take of us. They are our own user and root, so this bounds mistakes rather than attacks.
@@ -76,7 +77,7 @@ type Server struct {
 	cfg  Config
 	gate gate
 	ln   net.Listener
-	file *socketFile
+	file *sockfile.File
 	web  *http.Server
 
 	patience time.Duration // the constant, but in tests
@@ -119,16 +120,16 @@ func Listen(cfg Config) (*Server, error) {
 }
 
 // Path is where the socket is, absolute.
-func (s *Server) Path() string { return s.file.path }
+func (s *Server) Path() string { return s.file.Path() }
 
 // Dir is the directory of the socket. A sandbox must allow removing files in it, or else the socket is left behind.
 // It belongs to the Server.
-func (s *Server) Dir() *os.File { return s.file.dir }
+func (s *Server) Dir() *os.File { return s.file.Dir() }
 
 // Close removes the socket file, if it is still ours, and stops listening, which ends Serve.
 func (s *Server) Close() error {
 	s.once.Do(func() {
-		s.err = errors.Join(s.file.remove(), s.ln.Close())
+		s.err = errors.Join(s.file.Remove(), s.ln.Close())
 		if s.err != nil {
 			s.err = fmt.Errorf("control socket: %w", s.err)
 		}
@@ -197,6 +198,18 @@ func (s *Server) accept(ctx context.Context, web *handover) {
 		if !wait(ctx, time.Second) {
 			return
 		}
+	}
+}
+
+// wait sleeps, and returns false where ctx has ended first.
+func wait(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
 	}
 }
 

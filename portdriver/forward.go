@@ -9,6 +9,7 @@ import (
 	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 
 	"usernet/forwarder/relay"
+	"usernet/portdriver/sockfile"
 )
 
 // forward is an entry of the table.
@@ -29,8 +30,8 @@ type forward struct {
 	to4, to6 []netip.Addr // targets of clients of either family
 
 	// What is listened on, from open to stop.
-	fds       []int // not yet handed on
-	path      *socketFile
+	fds       []int          // not yet handed on
+	file      *sockfile.File // of a unix socket
 	listeners []*relay.Listener
 	udp       UDPForward
 	stopped   sync.Once
@@ -92,8 +93,8 @@ func (f *forward) udpTargets() []netip.AddrPort {
 func (f *forward) stop() error {
 	f.stopped.Do(func() {
 		var errs []error
-		if f.path != nil {
-			errs = append(errs, f.path.remove())
+		if f.file != nil {
+			errs = append(errs, f.file.Remove())
 		}
 		for _, ln := range f.listeners {
 			errs = append(errs, ln.Close())

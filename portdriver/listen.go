@@ -11,7 +11,7 @@ import (
 // backlog is how many connections may wait to be accepted, as far as net.core.somaxconn allows.
 const backlog = 4096
 
-// open binds all of specs before anything listens, so that a range is all or nothing.
+// open binds all of specs before any port listens, so that a range is all or nothing.
 func (d *Driver) open(specs []Spec) (fs []*forward, err error) {
 	defer func() {
 		if err != nil {
@@ -35,7 +35,7 @@ func (d *Driver) open(specs []Spec) (fs []*forward, err error) {
 		}
 	}
 	for _, f := range fs {
-		if f.spec.udp() {
+		if f.spec.udp() || f.file != nil {
 			continue
 		}
 		for _, fd := range f.fds {
@@ -47,10 +47,10 @@ func (d *Driver) open(specs []Spec) (fs []*forward, err error) {
 	return fs, nil
 }
 
-// bind makes the forward's sockets and learns the port.
+// bind makes the forward's sockets and learns the port. A unix socket listens at once.
 func (f *forward) bind() error {
 	if f.spec.HostPath != "" {
-		return f.bindPath()
+		return f.listenPath()
 	}
 	sa, family, err := f.spec.sockaddr()
 	if err != nil {

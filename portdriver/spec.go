@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+
+	"usernet/portdriver/sockfile"
 )
 
 // A Spec says what is published where. It is comparable.
@@ -251,8 +253,8 @@ func (s Spec) check() error {
 			return errors.New("a forward has a unix socket or an address, not both")
 		case !isPath(s.HostPath): // an @, say, would be a name without a file, open to everybody
 			return fmt.Errorf("%q is no path of a unix socket: it begins with / or ./", s.HostPath)
-		case len(s.HostPath) > maxPath:
-			return fmt.Errorf("the path of a unix socket has at most %d octets", maxPath)
+		case len(s.HostPath) > sockfile.MaxPath:
+			return fmt.Errorf("the path of a unix socket has at most %d octets", sockfile.MaxPath)
 		case strings.ContainsRune(s.HostPath, 0):
 			return errors.New("a path has no octet 0")
 		}
@@ -268,9 +270,6 @@ func (s Spec) check() error {
 	}
 	return nil
 }
-
-// maxPath is how long a unix socket's path may be, octets: sun_path less its closing zero.
-const maxPath = 107
 
 // families are those that the host's side listens on.
 func (s Spec) families() (transport string, v4, v6 bool) {

@@ -90,3 +90,57 @@ func TestUnixSocketFile(t *testing.T) {
 		}
 	}
 }
+
+// What Add says of a path that cannot be listened at, to the letter.
+func TestUnixSocketErrors(t *testing.T) {
+	const folder = ": the folder must be there and ours to write; a confined usernet sees none, so give the path when it starts"
+	const live = "bind: address already in use: a live program listens there: choose another path, or stop it"
+	const file = "bind: file exists: there is a file that is no socket: choose another path, or remove it"
+	for _, c := range []struct {
+		what string
+		put  func(t *testing.T, path string) (at string, err error)
+		want string // behind "listen unix PATH: "
+		is   error
+	}{
+		{"no folder", func(t *testing.T, path string) (string, error) { return path + "/x", nil }, "bind: no such file or directory" + folder, unix.ENOENT},
+		{"no folder, nothing behind it", func(t *testing.T, path string) (string, error) { return path + "/", nil }, "bind: no such file or directory" + folder, unix.ENOENT},
+		{"a file for a folder", func(t *testing.T, path string) (string, error) { return path + "/x", os.WriteFile(path, nil, 0o600) }, "bind: not a directory", unix.ENOTDIR},
+		{"a file", func(t *testing.T, path string) (string, error) { return path, os.WriteFile(path, nil, 0o600) }, file, unix.EEXIST},
+		{"a folder", func(t *testing.T, path string) (string, error) { return path, os.Mkdir(path, 0o700) }, file, unix.EEXIST},
+		{"a folder, said so", func(t *testing.T, path string) (string, error) { return path + "/", os.Mkdir(path, 0o700) }, file, unix.EEXIST},
+		{"a folder's parent", func(t *testing.T, path string) (string, error) { return path + "/..", os.Mkdir(path, 0o700) }, file, unix.EEXIST},
+		{"a link to nothing", func(t *testing.T, path string) (string, error) { return path, os.Symlink(path+"2", path) }, file, unix.EEXIST},
+		{"a live socket", func(t *testing.T, path string) (string, error) {
+			l, err := net.Listen("unix", path)
+			if err == nil {
+				t.Cleanup(func() { l.Close() })
+			}
+			return path, err
+		}, live, unix.EADDRINUSE},
+		{"a live datagram socket", func(t *testing.T, path string) (string, error) {
+			c, err := net.ListenPacket("unixgram", path)
+			if err == nil {
+				t.Cleanup(func() { c.Close() })
+			}
+			return path, err
+		}, live, unix.EADDRINUSE},
+		{"under a umask for nobody", func(t *testing.T, path string) (string, error) {
+			old := unix.Umask(0o277)
+			t.Cleanup(func() { unix.Umask(old) })
+			return path, nil
+		}, "the umask leaves PATH the mode 0400, with which nobody can connect: set one like 077", unix.EPERM},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			path, err := c.put(t, filepath.Join(t.TempDir(), "a"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			d := bare(t, nil)
+			_, err = d.Add(t.Context(), Spec{Proto: "tcp", HostPath: path, ContainerPort: 80})
+			var e *ErrListen
+			if want := "listen unix " + path + ": " + strings.ReplaceAll(c.want, "PATH", path); !errors.As(err, &e) || err.Error() != want || !errors.Is(err, c.is) {
+				t.Errorf("\n%v, want\n%s", err, want)
+			}
+		})
+	}
+}

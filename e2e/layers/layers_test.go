@@ -47,14 +47,15 @@ var layers = map[string]rule{
 	"stack/dhcp": {outside: []string{dhcp, pcap}, tests: []string{xsys}},
 	"stack/ra":   {outside: []string{pcap, xnet}, tests: []string{xsys, "tap/taptest"}},
 
-	"forwarder":       {ours: []string{"stack", "forwarder/relay"}, outside: []string{xsys, xnet, xsync}, tests: []string{"tap/taptest"}},
-	"forwarder/relay": {outside: []string{xsys}, tests: []string{"tap/taptest"}},
+	"forwarder":           {ours: []string{"stack", "forwarder/relay"}, outside: []string{xsys, xnet, xsync}, tests: []string{"tap/taptest"}},
+	"forwarder/relay":     {outside: []string{xsys}, tests: []string{"tap/taptest"}},
+	"portdriver/sockfile": {outside: []string{xsys}, tests: []string{"tap/taptest"}},
 	"portdriver": {
-		ours: []string{"forwarder/relay", "tap/inside"}, outside: []string{xsys, "github.com/rootless-containers/rootlesskit/v3/pkg/port/..."},
+		ours: []string{"portdriver/sockfile", "forwarder/relay", "tap/inside"}, outside: []string{xsys, "github.com/rootless-containers/rootlesskit/v3/pkg/port/..."},
 		// The tests run the whole way, from a client to a server in a container.
 		tests: []string{"tap", "tap/netns", "tap/taptest", "stack", "forwarder", xnet, "github.com/rootless-containers/rootlesskit/v3/pkg/api"},
 	},
-	"api":        {ours: []string{"portdriver"}, outside: []string{xsys, "github.com/rootless-containers/rootlesskit/v3/pkg/..."}, tests: []string{"api/client", "tap/taptest", "forwarder/relay", "github.com/getkin/kin-openapi/...", "github.com/prometheus/..."}},
+	"api":        {ours: []string{"portdriver", "portdriver/sockfile"}, outside: []string{xsys, "github.com/rootless-containers/rootlesskit/v3/pkg/..."}, tests: []string{"api/client", "tap/taptest", "forwarder/relay", "github.com/getkin/kin-openapi/...", "github.com/prometheus/..."}},
 	"api/client": {ours: []string{"api"}},
 	"network":    {ours: []string{"tap/...", "stack", "portdriver"}, outside: []string{xsys}},
 
