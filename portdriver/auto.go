@@ -152,7 +152,7 @@ func (a AutoConfig) specs(listening []inside.Listening, ephemeral PortRange) []S
 		mapped := addr.Is4In6()
 		addr = addr.Unmap()
 		k := key{udp, addr.IsLoopback(), l.Addr.Port()}
-		if !a.wants(udp, k.port, ephemeral) || k.port == 0 || udp && k.loopback || addr.IsMulticast() {
+		if !a.wants(udp, k.port, ephemeral) || k.port == 0 || addr.IsMulticast() {
 			continue
 		}
 		f := found[k]
