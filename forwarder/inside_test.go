@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -264,7 +265,7 @@ func TestThroughErrors(t *testing.T) {
 
 // Everything at once: clients, answers, servers that end, changes of the way, and the end in the midst.
 func TestThroughConcurrent(t *testing.T) {
-	c, _ := newContainer(t, Config{UDP: UDPConfig{MaxInside: 4}})
+	c, _ := newContainer(t, Config{UDP: UDPConfig{MaxInside: 8}})
 	for range 5 {
 		fd, num := boundSocket(t, "127.0.0.1:0")
 		p, err := c.f.PublishUDP(fd, web4)
@@ -281,14 +282,19 @@ func TestThroughConcurrent(t *testing.T) {
 						return
 					default:
 						what()
+						runtime.Gosched()
 					}
 				}
 			})
 		}
-		var heard sync.WaitGroup
-		for range 6 {
+		speak := func() *visitor {
 			a := visit(t, "127.0.0.1:0", fmt.Sprintf("127.0.0.1:%d", num))
 			until(func() { a.Write([]byte("hello")) })
+			return a
+		}
+		var heard sync.WaitGroup
+		for range 6 {
+			a := speak()
 			heard.Add(1)
 			wg.Go(func() { // each is answered at some time
 				defer heard.Done()
@@ -316,8 +322,12 @@ func TestThroughConcurrent(t *testing.T) {
 			}
 		})
 		heard.Wait()
+		for range 6 { // more than there may be
+			speak()
+		}
 		until(func() { p.Through(nil); p.Through(plainSocket, s.addr) })
 		until(func() { c.datagrams(); c.f.Stats() })
+		c.waitStats("evictions", func(Stats) bool { return p.Stats().Evicted > 10 })
 		s.Close()
 		check(t, p.Close())
 		close(stop)

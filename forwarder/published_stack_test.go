@@ -75,6 +75,9 @@ func TestPublishedUDPShutPort(t *testing.T) {
 	buf := make([]byte, 64)
 	s.SetReadDeadline(time.Now().Add(patience))
 	n, from, err := s.ReadFrom(buf)
+	for err == nil && string(buf[:n]) == "anybody there?" { // the last of them may have come only now
+		n, from, err = s.ReadFrom(buf)
+	}
 	check(t, err)
 	if string(buf[:n]) != "now?" {
 		t.Errorf("container got %q", buf[:n])
