@@ -85,7 +85,8 @@ type Server struct {
 	serving sync.WaitGroup // goroutines that look at the first octet or speak JSON, and handlers of HTTP
 	mu      sync.Mutex
 	conns   map[*conn]struct{}
-	ended   bool // no handler begins any more
+	ended   bool      // no handler begins any more
+	warned  time.Time // when a stranger was last told of
 
 	once sync.Once
 	err  error // of Close
@@ -234,10 +235,26 @@ func (s *Server) closeConns() {
 	}
 }
 
+// warnEvery is how often, at most, the log tells of strangers: they come as often as they like.
+const warnEvery = 10 * time.Second
+
+// seldom tells whether it is time to tell again.
+func (s *Server) seldom() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.warned.IsZero() && time.Since(s.warned) < warnEvery {
+		return false
+	}
+	s.warned = time.Now()
+	return true
+}
+
 // serve decides by the first octet who answers a connection.
 func (s *Server) serve(ctx context.Context, c *conn, web *handover) {
 	if err := s.gate.check(c.Conn.(*net.UnixConn)); err != nil {
-		s.cfg.Log.Warn("control socket: refused", "reason", err)
+		if s.seldom() {
+			s.cfg.Log.Warn("control socket: refused", "reason", err)
+		}
 		c.Close()
 		return
 	}

@@ -205,9 +205,7 @@ func TestPortsSocketIsOurs(t *testing.T) {
 			t.Errorf("%s in the container is answered: %s", name, out)
 		}
 	}
-	if n := strings.Count(p.out.String(), "is in another network namespace"); n < 3 {
-		t.Errorf("the log tells %d times that somebody in the container was refused, want 3", n)
-	}
+	p.has(t, "is in another network namespace") // once: the log is not for strangers to fill
 	second := p.socket + "2"
 	out, code := lab.home.run(t, runLine("--api-socket", second, "--", "sh", "-c", "test -S "+second+" && echo it is there; "+strings.Join(question[:5], " ")+" "+second+" http://usernet/v1/info")...)
 	if code == 0 || !strings.Contains(out, "it is there") || strings.Contains(out, "apiVersion") {
@@ -216,15 +214,18 @@ func TestPortsSocketIsOurs(t *testing.T) {
 	if !realRoot {
 		return // one user is all there is in the lab; root's run has others
 	}
+	p = publish(t)
 	for _, path := range []string{filepath.Dir(p.socket), p.socket} {
 		if err := os.Chmod(path, 0o777); err != nil {
 			t.Fatal(err)
 		}
 	}
 	stranger := []string{"setpriv", "--reuid", "4242", "--regid", "4242", "--clear-groups"}
-	if out, code := lab.home.run(t, append(stranger, question...)...); code == 0 || !strings.Contains(p.out.String(), "uid 4242") {
-		t.Errorf("another user is answered (%s), or the log does not say that he is not", out)
+	question[5] = p.socket
+	if out, code := lab.home.run(t, append(stranger, question...)...); code == 0 {
+		t.Errorf("another user is answered: %s", out)
 	}
+	p.has(t, "uid 4242")
 }
 
 // What lies in the socket's place: a dead one is replaced, a live one and a file are not. It goes at the end.

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -38,7 +40,11 @@ func ask(q *question, out io.Writer) error {
 	defer c.Close()
 	switch q.verb {
 	case "add":
-		added, err := c.Add(ctx, api.AddRequest{Publish: q.specs})
+		specs, err := whereTyped(q.specs)
+		if err != nil {
+			return err
+		}
+		added, err := c.Add(ctx, api.AddRequest{Publish: specs})
 		if err != nil {
 			return err
 		}
@@ -65,6 +71,21 @@ func ask(q *question, out io.Writer) error {
 		return printJSON(out, info)
 	}
 	return printInfo(out, info)
+}
+
+// whereTyped makes paths of unix sockets absolute: they are meant where they are typed, and usernet may run elsewhere.
+func whereTyped(specs []string) ([]string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return nil, err
+	}
+	specs = slices.Clone(specs)
+	for i, s := range specs {
+		if strings.HasPrefix(s, "./") {
+			specs[i] = dir + s[1:]
+		}
+	}
+	return specs, nil
 }
 
 // onlySocket is the control socket that answers in dir, where there is just one.

@@ -3,7 +3,9 @@ package main
 import (
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -51,6 +53,20 @@ func TestOctets(t *testing.T) {
 		if got := octets(n); got != want {
 			t.Errorf("octets(%d) = %s, want %s", n, got, want)
 		}
+	}
+}
+
+// The server may run elsewhere.
+func TestWhereTyped(t *testing.T) {
+	t.Chdir(t.TempDir())
+	dir, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	typed := []string{"./a.sock:80", "8080:80", "/b.sock:80"}
+	got, err := whereTyped(typed)
+	if want := []string{dir + "/a.sock:80", "8080:80", "/b.sock:80"}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("%q, %v; want %q", got, err, want)
 	}
 }
 

@@ -3,11 +3,12 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
 	"strconv"
 	"strings"
 
 	"github.com/spf13/pflag"
+
+	"usernet/portdriver"
 )
 
 // A question is what "usernet port" and "usernet info" ask of a running usernet over its control socket.
@@ -31,9 +32,10 @@ func newQuestionFlags(verb string) *questionFlags {
 	f := &questionFlags{set: pflag.NewFlagSet("usernet", pflag.ContinueOnError), q: &question{verb: verb}}
 	f.set.SortFlags = false
 	f.set.StringVar(&f.q.socket, "socket", "", "`FILE` of the control socket (default: $USERNET_SOCKET, else the only one in $XDG_RUNTIME_DIR/usernet)")
-	f.set.BoolVar(&f.q.json, "json", false, "the answer as JSON")
 	if verb == "remove" {
 		f.set.BoolVar(&f.q.drain, "drain", false, "let connections end by themselves instead of resetting them")
+	} else {
+		f.set.BoolVar(&f.q.json, "json", false, "the answer as JSON")
 	}
 	f.set.BoolVarP(&f.help, "help", "h", false, "print usernet's help")
 	return f
@@ -79,16 +81,11 @@ func parseQuestion(args []string, env func(string) string) (*options, error) {
 			return nil, errors.New("port add: which? for example 8080:80, 127.0.0.1:5353:53/udp or [::1]:9000-9010:9000-9010")
 		}
 		for _, s := range rest {
-			// A path is meant where it is typed, and usernet may run elsewhere.
-			if strings.HasPrefix(s, "./") {
-				dir, err := os.Getwd()
-				if err != nil {
-					return nil, fmt.Errorf("port add %s: %w", s, err)
-				}
-				s = dir + s[1:]
+			if _, auto, _ := portdriver.ParseAuto(s); auto {
+				return nil, fmt.Errorf("port add %s: auto is for --publish, when usernet starts", s)
 			}
-			q.specs = append(q.specs, s)
 		}
+		q.specs = rest
 	case "remove":
 		if len(rest) == 0 {
 			return nil, errors.New("port remove: which? give the numbers that port list shows")

@@ -130,13 +130,14 @@ func (g *guard) killAll() error {
 	return err
 }
 
-// dismiss lets the guard go and waits for it.
+// dismiss lets the guard go and waits for it. One that somebody else has ended has nothing left to do, and is no
+// reason for the command's status not to be ours.
 func (g *guard) dismiss() error {
 	_, err := g.pipe.Write([]byte{1})
-	err = errors.Join(err, g.pipe.Close())
-	if err != nil {
-		return err // it is gone already; who ended it is not ours to ask
+	if errors.Is(err, unix.EPIPE) {
+		err = nil
 	}
-	_, err = g.proc.Wait()
-	return err
+	err = errors.Join(err, g.pipe.Close()) // and with that the guard ends in any case
+	_, werr := g.proc.Wait()
+	return errors.Join(err, werr)
 }

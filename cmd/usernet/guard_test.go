@@ -88,3 +88,23 @@ func killOff(t *testing.T, cmd *exec.Cmd) {
 	}
 	cmd.Wait()
 }
+
+// Whoever has ended the guard has not ended the command, whose status is still run's.
+func TestGuardThatIsGone(t *testing.T) {
+	cmd, _ := inNamespace(t)
+	g, err := startGuard(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := g.proc.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	var info unix.Siginfo
+	if err := unix.Waitid(unix.P_PID, g.proc.Pid, &info, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.dismiss(); err != nil {
+		t.Errorf("dismiss: %v", err)
+	}
+	killOff(t, cmd)
+}

@@ -250,7 +250,8 @@ func (k *Kit) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), callLimit)
 	defer cancel()
 	if _, err := ns.Call(ctx, k.ops, opUndo, struct{}{}, nil); err != nil {
-		return fmt.Errorf("undo what published ports needed: %w", err)
+		return fmt.Errorf("undo what published ports needed: %w: the rule for mark %#x, table %d and sysctls may be left in the namespace; "+
+			"the next usernet that serves it removes them at its end", err, Mark, Table)
 	}
 	return nil
 }

@@ -335,3 +335,19 @@ func waitFor(t *testing.T, what string, is func() bool) {
 		}
 	}
 }
+
+// What could not be undone is named, and so is how it goes.
+func TestCloseWithoutHelper(t *testing.T) {
+	ns, err := netns.Open(netns.Config{PID: taptest.NewNS(t, taptest.OwnerRoot).PID, Helper: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := inside.Open(t.Context(), ns, inside.Config{IPv6: true})
+	if closed := ns.Close(); err != nil || closed != nil {
+		t.Fatal(err, closed)
+	}
+	want := "the rule for mark 0x3000, table 30062 and sysctls may be left in the namespace; the next usernet that serves it removes them"
+	if err := k.Close(); err == nil || !strings.Contains(err.Error(), want) {
+		t.Fatalf("Close: %v; want: … %s …", err, want)
+	}
+}

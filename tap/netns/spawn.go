@@ -192,7 +192,8 @@ func isOwnUserNS(fd int) (bool, error) {
 		return false, fmt.Errorf("look at its user namespace: %w", err)
 	}
 	if err := unix.Stat("/proc/self/ns/user", &ours); err != nil {
-		return false, fmt.Errorf("look at our own user namespace (is /proc mounted?): %w", err)
+		return false, fmt.Errorf("look at our own user namespace (there is no /proc to see; a sandbox hides it, and a helper that was lost within "+
+			"is not replaced until usernet is started again): %w", err)
 	}
 	return ours.Dev == theirs.Dev && ours.Ino == theirs.Ino, nil
 }
