@@ -27,7 +27,7 @@ type Forward struct {
 	ID int `json:"id"` // from 1, never used again
 	Spec
 	Auto      bool   `json:"auto"`           // published because somebody listens there
-	Path      string `json:"path"`           // what new connections take: kernel, stack, or tap (UDP)
+	Path      string `json:"path"`           // what new connections take: kernel, stack, or tap (UDP, as a rule)
 	Note      string `json:"note,omitempty"` // why not the kernel's, and the like
 	Active    uint64 `json:"active"`         // connections, or clients of UDP, now
 	Total     uint64 `json:"total"`          // since the start

@@ -207,3 +207,49 @@ func TestPortsUDP(t *testing.T) {
 		t.Error("a datagram to a port that is withdrawn is not refused")
 	}
 }
+
+// A UDP server on the container's loopback alone is reached where the kernel path is; the list says how it is.
+func TestPortsUDPLoopbackOnly(t *testing.T) {
+	for _, path := range portPaths {
+		t.Run(path, func(t *testing.T) {
+			p := publish(t, "--port-path", path, "-p", "9053:9053/udp", "-p", "9054:9054/udp")
+			for _, addr := range []string{"127.0.0.1:9053", "[::1]:9054"} {
+				p.c.net.serveUDP(t, addr, func(from netip.AddrPort, b []byte) []byte {
+					return []byte(from.Addr().Unmap().String() + " " + string(b))
+				})
+			}
+			if path == "stack" {
+				if f := p.list(t)[0]; f.Path != "tap" || !strings.Contains(f.Note, "not reached") {
+					t.Errorf("%+v", f)
+				}
+				return
+			}
+			eventually(t, "the ports are led to the loopback", func() bool {
+				all := p.list(t)
+				return all[0].Path == "kernel" && all[1].Path == "kernel"
+			})
+			for _, client := range portClients(t) {
+				for _, test := range []struct{ port, see string }{{"9053", "127.0.0.1"}, {"9054", "::1"}} {
+					for _, size := range []int{0, 1400, 60000} {
+						conn := client.at.connect(t, "udp", net.JoinHostPort(client.to, test.port))
+						b := make([]byte, 65536)
+						n := 0
+						eventually(t, "an answer comes", func() bool { // sockets inside may just be made
+							if _, err := conn.Write(pattern[:size]); err != nil {
+								t.Fatal(err)
+							}
+							conn.SetReadDeadline(time.Now().Add(time.Second))
+							var err error
+							n, err = conn.Read(b)
+							return err == nil
+						})
+						if seen, rest, _ := strings.Cut(string(b[:n]), " "); seen != test.see || rest != string(pattern[:size]) {
+							t.Errorf("%s: the server sees %s, want %s; %d octets of %d came back", client.name, seen, test.see, len(rest), size)
+						}
+						conn.Close()
+					}
+				}
+			}
+		})
+	}
+}

@@ -76,6 +76,7 @@ func (f *Forwarder) readErrors(r *errorReader, sock *socket) (pending bool) {
 	}
 	if e, err := unix.GetsockoptInt(sock.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && e != 0 {
 		pending = true
+		sock.user.failed(unix.Errno(e))
 	}
 	return pending
 }

@@ -24,7 +24,7 @@ type flowKey struct {
 }
 
 // A flow is a source in the container and its socket of the host, or a client of a published
-// port, whose socket it shares. It is a few hundred octets beside the kernel's own: buffers
+// port, whose socket it shares, or that has one inside the container. It is a few hundred octets beside the kernel's own: buffers
 // belong to those who send and receive.
 //
 // Life: whoever wants a flow that is not in the table makes one, locks mu, inserts it and
@@ -168,7 +168,7 @@ func (f *Forwarder) newFlow(k *kind, fl *flow, now int64) (*flow, error) {
 		fl.sock = sock
 		fl.count().flows.Add(1)
 		fl.count().opened.Add(1)
-		if fl.client == nil {
+		if sock.user == fl { // and is not shared
 			err = f.poller.add(sock)
 		}
 	}

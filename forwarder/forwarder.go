@@ -56,7 +56,8 @@ type Forwarder struct {
 	tcp           tcpCounts
 	relay         *relay.Loop
 	udp, echo     kind
-	published     kind
+	published     kind // clients of published ports, by the TAP
+	inside        kind // such clients, through sockets inside the container
 	forwards      forwards
 	taking        sync.RWMutex // before flow.mu; held for reading while a flow begins, else by TakeUDPPort
 	poller        *poller
@@ -94,6 +95,7 @@ func New(cfg Config) (*Forwarder, error) {
 	f.udp.maxPeers, f.udp.idle, f.udp.open, f.udp.read = cfg.UDP.MaxPeers, f.idleUDP, f.openUDP, f.readUDP
 	f.echo.maxPeers, f.echo.idle, f.echo.open, f.echo.read = cfg.Echo.MaxPeers, f.idleEcho, f.openEcho, f.readEcho
 	f.published.idle, f.published.open = f.idleClient, openClient
+	f.inside.idle, f.inside.open, f.inside.read = f.idleClient, f.openInside, f.readInside
 	f.newTables()
 	var err error
 	if f.poller, err = newPoller(f.anyFlow); err != nil {
@@ -117,11 +119,12 @@ func (f *Forwarder) newTables() {
 	f.udp.table, f.echo.table = newTable(f.cfg.UDP.MaxFlows, now), newTable(f.cfg.Echo.MaxFlows, now)
 	f.published.table = newTable(f.cfg.UDP.MaxClients, now)
 	f.published.table.share = f.cfg.UDP.MaxPortClients
+	f.inside.table = newTable(f.cfg.UDP.MaxInside, now)
 }
 
 // anyFlow tells whether there is a flow that may end for being idle.
 func (f *Forwarder) anyFlow() bool {
-	return f.udp.table.len()+f.echo.table.len()+f.published.table.len() > 0
+	return f.udp.table.len()+f.echo.table.len()+f.published.table.len()+f.inside.table.len() > 0
 }
 
 // Unbound is the Stack before Bind.
@@ -186,7 +189,7 @@ func (f *Forwarder) Close() error {
 
 // endFlows closes what flows there are, and lets no further one begin.
 func (f *Forwarder) endFlows() {
-	for _, k := range []*kind{&f.udp, &f.echo, &f.published} {
+	for _, k := range []*kind{&f.udp, &f.echo, &f.published, &f.inside} {
 		for _, fl := range k.table.close() {
 			fl.release()
 		}
@@ -209,6 +212,7 @@ func (f *Forwarder) tick() {
 	f.due = f.sweep(&f.udp, now, f.due)
 	f.due = f.sweep(&f.echo, now, f.due)
 	f.due = f.sweep(&f.published, now, f.due)
+	f.due = f.sweep(&f.inside, now, f.due)
 }
 
 // resolve asks the Policy, with the host's addresses as they are now.

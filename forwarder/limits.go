@@ -7,7 +7,11 @@ import (
 )
 
 // Limits are the most flows at a time of each kind; each flow holds one file of the host.
-type Limits struct{ TCP, UDP, Echo int }
+type Limits struct {
+	TCP, UDP, Echo int
+
+	Inside int // clients of published UDP ports through sockets inside the container
+}
 
 const (
 	// filesKept are left for all else: the TAP, listeners, logs, the resolvers' sockets, epoll.
@@ -21,12 +25,15 @@ const (
 	// 64 buckets (net/ipv4/ping.c).
 	maxEchoFlows = 1024
 
+	// maxInside: each such client has a port of the container's loopback, of which Linux has 28232 ephemeral ones.
+	maxInside = 8192
+
 	// minFlows are granted however few files there are; EMFILE then evicts.
 	minFlows = 16
 )
 
 // LimitsFor divides files, a limit of open files, among the kinds of flow: half for TCP, whose
-// flows are the most dearly lost, or all that UDP and echo have no use for. With 0 it takes
+// flows are the most dearly lost, or all that the others have no use for. With 0 it takes
 // the process's own limit (RLIMIT_NOFILE).
 func LimitsFor(files int) Limits {
 	if files <= 0 {
@@ -40,9 +47,11 @@ func LimitsFor(files int) Limits {
 	l := Limits{
 		UDP:  min(files*3/8, maxUDPFlows),
 		Echo: min(files/16, maxEchoFlows),
+
+		Inside: min(files/16, maxInside),
 	}
-	l.TCP = max(files-l.UDP-l.Echo, minFlows)
-	l.UDP, l.Echo = max(l.UDP, minFlows), max(l.Echo, minFlows)
+	l.TCP = max(files-l.UDP-l.Echo-l.Inside, minFlows)
+	l.UDP, l.Echo, l.Inside = max(l.UDP, minFlows), max(l.Echo, minFlows), max(l.Inside, minFlows)
 	return l
 }
 
@@ -65,6 +74,10 @@ type UDPConfig struct {
 	// The least recently used make room, first those that did not go on after an answer.
 	MaxClients, MaxPortClients int
 
+	// MaxInside is the most clients that go through sockets inside the container (see LimitsFor); each
+	// holds a file. When there are too many, the port with most of them loses one, as above.
+	MaxInside int
+
 	// FullCone lets anybody send to a flow's port on the host once the container has used it
 	// (endpoint-independent filtering, RFC 4787 §5). Without it only those it has sent
 	// to may answer (address and port-dependent filtering).
@@ -79,6 +92,7 @@ func (c UDPConfig) withDefaults(l Limits) UDPConfig {
 	orDefault(&c.MaxPeers, 4096)
 	orDefault(&c.MaxClients, 32768)
 	orDefault(&c.MaxPortClients, max(c.MaxClients/2, 1))
+	orDefault(&c.MaxInside, l.Inside)
 	return c
 }
 

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"usernet/stack"
@@ -23,7 +24,8 @@ import (
 //	  Stack.SendUDP with the client's address              spoke to, with UDP_SEGMENT
 //
 // Each client is a flow, whose one peer is its real address: so it is timed, evicted and counted like
-// any other, and its owner is the port. Only what a client has begun leaves by the socket.
+// any other, and its owner is the port. Only what a client has begun leaves by the socket. Those of a server that the TAP
+// does not lead to go through sockets of the container's (inside.go).
 //
 // The two ends that the container sees name one client. Where they would name two (the same client at
 // two ports or addresses of the host, the host's own clients behind the gateway) the later
@@ -36,13 +38,17 @@ type PublishedUDP struct {
 	sock     *socket
 	count    counter
 	closing  sync.Once
+
+	passage atomic.Pointer[passage] // nil: new clients go by the TAP
+	entered atomic.Bool             // there may be clients inside
 }
 
 // A client is what a flow of a published port has beside the others.
 type client struct {
 	forward *PublishedUDP
 	real    netip.AddrPort
-	at      local // where it spoke to
+	at      local    // where it spoke to
+	passage *passage // nil: it goes by the TAP
 }
 
 // A clientKey is a client as the host knows it.
@@ -63,7 +69,7 @@ func (c *client) key() clientKey { return clientKey{c.forward, c.real, c.at} }
 // that the container has no address of: those are the gateway, with the client's port if that is free and not below 1024.
 func (f *Forwarder) PublishUDP(fd int, to ...netip.AddrPort) (*PublishedUDP, error) {
 	p := &PublishedUDP{f: f}
-	err := p.aim(to)
+	err := aim(&p.to4, &p.to6, to)
 	if err == nil {
 		err = receiveClients(fd)
 	}
@@ -83,11 +89,12 @@ func (f *Forwarder) PublishUDP(fd int, to ...netip.AddrPort) (*PublishedUDP, err
 	return p, nil
 }
 
-func (p *PublishedUDP) aim(to []netip.AddrPort) error {
+// aim sorts to by family.
+func aim(to4, to6 *netip.AddrPort, to []netip.AddrPort) error {
 	for _, ap := range to {
-		mine := &p.to4
+		mine := to4
 		if ap.Addr().Is6() {
-			mine = &p.to6
+			mine = to6
 		}
 		if !ap.IsValid() || ap.Port() == 0 || ap.Addr().Is4In6() || ap.Addr().Zone() != "" || mine.IsValid() {
 			return fmt.Errorf("to %v: want a port of one address of the container for each family", to)
@@ -132,8 +139,10 @@ func (p *PublishedUDP) Close() error {
 		f := p.f
 		f.poller.remove(p.sock)
 		f.poller.settle() // whoever reads the socket now may still make a client
-		for _, fl := range f.published.table.forget(ownerKey{forward: p}) {
-			fl.release()
+		for _, k := range []*kind{&f.published, &f.inside} {
+			for _, fl := range k.table.forget(ownerKey{forward: p}) {
+				fl.release()
+			}
 		}
 		f.forwards.remove(p, &f.published.count)
 		p.sock.release()
@@ -147,7 +156,8 @@ func (p *PublishedUDP) read(r *receiver, now int64) {
 	p.f.receiveUDP(r, p.sock.fd, &p.count, p, now)
 }
 
-func (p *PublishedUDP) books() *counter { return &p.count }
+func (p *PublishedUDP) books() *counter   { return &p.count }
+func (p *PublishedUDP) failed(unix.Errno) {}
 
 func (p *PublishedUDP) ends(at local, real netip.AddrPort) (src, dst netip.AddrPort, ok bool) {
 	fl := p.f.published.table.clientOf(clientKey{p, real, at.between(real)})
@@ -168,22 +178,28 @@ func (at local) between(real netip.AddrPort) local {
 }
 
 // came is udpReceiver's: it finds the client or makes one.
-func (p *PublishedUDP) came(real netip.AddrPort, at local, now int64) (src, dst netip.AddrPort, why dropReason, ok bool) {
+func (p *PublishedUDP) came(real netip.AddrPort, at local, now int64) (w way, why dropReason, ok bool) {
 	f := p.f
-	at = at.between(real)
-	fl := f.published.table.clientOf(clientKey{p, real, at})
+	key := clientKey{p, real, at.between(real)}
+	fl := f.published.table.clientOf(key)
+	if fl == nil && p.entered.Load() {
+		fl = f.inside.table.clientOf(key)
+	}
 	if fl != nil && !fl.spoke(now) {
-		f.drop(&f.published, fl)
+		f.drop(fl.kind, fl)
 		fl.release()
 		fl = nil
 	}
 	if fl == nil {
-		if fl, why = p.newClient(real, at, now); fl == nil {
-			return src, dst, why, false
+		if fl, why = p.newClient(key, now); fl == nil {
+			return w, why, false
 		}
 	}
+	if fl.kind == &f.inside {
+		return fl.enter()
+	}
 	defer fl.release()
-	return fl.key.peer, fl.key.src, 0, true
+	return way{src: fl.key.peer, dst: fl.key.src}, 0, true
 }
 
 // aliasTries bounds the search for a free port of the gateway. However many clients there are,
@@ -191,34 +207,58 @@ func (p *PublishedUDP) came(real netip.AddrPort, at local, now int64) (src, dst 
 const aliasTries = 64
 
 // newClient makes a client, with a reference for the caller; it is called by one goroutine at a time.
-func (p *PublishedUDP) newClient(real netip.AddrPort, at local, now int64) (*flow, dropReason) {
-	to, addr, ok := p.alias(real.Addr())
-	if !ok || real.Port() == 0 { // RFC 768: port 0 is nobody who could be answered
+func (p *PublishedUDP) newClient(key clientKey, now int64) (*flow, dropReason) {
+	f, real, port := p.f, key.real, key.real.Port()
+	k, g := &f.published, p.passage.Load()
+	var to netip.AddrPort
+	var addr netip.Addr
+	ok := true
+	if g != nil {
+		k, to, addr = &f.inside, g.to(real.Addr()), real.Addr()
+	} else {
+		to, addr, ok = p.alias(real.Addr())
+	}
+	if !ok || port == 0 { // RFC 768: port 0 is nobody who could be answered
 		return nil, dropNoName
 	}
-	f := p.f
 	// Ports of the gateway below 1024 are its own services'.
-	port := real.Port()
 	if addr != real.Addr() && port < lowestKept {
 		port = anyPort()
 	}
 	for range aliasTries {
 		fl := &flow{
 			key:    flowKey{proto: protoUDP, src: to, peer: netip.AddrPortFrom(addr, port)},
-			client: &client{p, real, at},
+			client: &client{p, real, key.at, g},
 		}
 		fl.peers.list = []peer{{real: real, used: fl.key.peer, last: now}}
-		made, err := f.newFlow(&f.published, fl, now)
-		if err != nil {
+		made, err := f.newFlow(k, fl, now)
+		switch {
+		case err != nil:
 			return nil, dropStopped
-		}
-		if made == fl {
+		case made == fl && fl.sock == nil:
+			f.drop(k, fl)
+			why := f.noClient(fl.err)
+			fl.release()
+			return nil, why
+		case made == fl:
 			return fl, 0
 		}
 		made.release()
 		port = anyPort()
 	}
 	return nil, dropNoName
+}
+
+// noClient is why there is no client where its flow met with err.
+func (f *Forwarder) noClient(err error) dropReason {
+	switch {
+	case errors.Is(err, errStopped):
+		return dropStopped
+	case errors.Is(err, errNoSocket), noFiles(err):
+		return dropFiles
+	}
+	f.log.Debug("no socket for a client of a published port", "error", err)
+	return dropError
 }
 
 func anyPort() uint16 { return uint16(lowestKept + rand.IntN(1<<16-lowestKept)) }
@@ -295,7 +335,7 @@ func (f *Forwarder) sendToClient(s *sender, run []stack.Datagram, t train, now i
 	}
 	s.to(fl.client.real, d.TTL, d.TOS)
 	s.from(fl.client.at)
-	f.sendRun(s, fl, run, t)
+	f.sendRun(s, way{fl: fl, sock: fl.sock}, run, t)
 	return true
 }
 

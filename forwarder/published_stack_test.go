@@ -75,6 +75,9 @@ func TestPublishedUDPShutPort(t *testing.T) {
 	buf := make([]byte, 64)
 	s.SetReadDeadline(time.Now().Add(patience))
 	n, from, err := s.ReadFrom(buf)
+	for err == nil && string(buf[:n]) == "anybody there?" { // the last of them may have come only now
+		n, from, err = s.ReadFrom(buf)
+	}
 	check(t, err)
 	if string(buf[:n]) != "now?" {
 		t.Errorf("container got %q", buf[:n])
@@ -197,7 +200,7 @@ func TestPublishedUDPMemory(t *testing.T) {
 	at := local{addr: netip.MustParseAddr("192.0.2.7")}
 	for i := range clients {
 		from := netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 18, byte(i >> 8), byte(i)}), 4000)
-		if _, _, _, ok := p.came(from, at, f.now()); !ok {
+		if _, _, ok := p.came(from, at, f.now()); !ok {
 			t.Fatalf("%v is no client", from)
 		}
 	}
@@ -277,7 +280,7 @@ func BenchmarkPublishedUDPLookup(b *testing.B) {
 		b.ReportAllocs()
 		i := 0
 		for b.Loop() {
-			if _, _, _, ok := w.p.came(from(i%clients), at, 1); !ok {
+			if _, _, ok := w.p.came(from(i%clients), at, 1); !ok {
 				b.Fatal("not found")
 			}
 			i += 7
@@ -308,7 +311,7 @@ func BenchmarkPublishedUDPLookup(b *testing.B) {
 		for b.Loop() {
 			i++
 			from := netip.AddrPortFrom(netip.AddrFrom4([4]byte{11, byte(i >> 16), byte(i >> 8), byte(i)}), 4000)
-			if _, _, _, ok := w.p.came(from, at, 1); !ok {
+			if _, _, ok := w.p.came(from, at, 1); !ok {
 				b.Fatal("refused")
 			}
 		}

@@ -33,6 +33,9 @@ type user interface {
 	ends(at local, real netip.AddrPort) (src, dst netip.AddrPort, ok bool)
 
 	books() *counter
+
+	// failed tells of an error that the socket has met with before, and has no message about.
+	failed(e unix.Errno)
 }
 
 // newSocket makes a socket of fd, which it owns from then on, with a reference for the caller.
@@ -139,6 +142,16 @@ func (s *sender) to(dst netip.AddrPort, ttl, tos uint8) {
 	}
 }
 
+// through begins a message through a connected socket.
+func (s *sender) through(v6 bool, tos uint8) {
+	to := netip.IPv4Unspecified()
+	if v6 {
+		to = netip.IPv6Unspecified()
+	}
+	s.to(netip.AddrPortFrom(to, 0), 0, tos)
+	s.hdr.Name, s.hdr.Namelen = nil, 0
+}
+
 // from makes the message leave from an address of the host.
 func (s *sender) from(at local) {
 	if at.addr.IsValid() {
@@ -197,6 +210,9 @@ func (f *Forwarder) push(s *sender, sock *socket, segment int) unix.Errno {
 		if e == 0 || e == unix.EAGAIN || tries == 0 {
 			return e
 		}
+		if e == unix.ECONNREFUSED {
+			sock.user.failed(e)
+		}
 		if !f.readErrors(&s.errs, sock) {
 			if unexplained++; unexplained > 1 {
 				return e
@@ -211,13 +227,21 @@ func (fl *flow) joins(segment int) bool {
 	return limit == 0 || segment < int(limit)
 }
 
-// receiveErrors makes fd keep ICMP errors and the TOS of what it receives.
-func receiveErrors(fd int, v6 bool) error {
+// receiveTOS makes fd tell the TOS of what it receives.
+func receiveTOS(fd int, v6 bool) {
 	if v6 {
 		_ = unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_RECVTCLASS, 1)
+	} else {
+		_ = unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_RECVTOS, 1)
+	}
+}
+
+// receiveErrors makes fd keep ICMP errors and the TOS of what it receives.
+func receiveErrors(fd int, v6 bool) error {
+	receiveTOS(fd, v6)
+	if v6 {
 		return os.NewSyscallError("setsockopt IPV6_RECVERR", unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_RECVERR, 1))
 	}
-	_ = unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_RECVTOS, 1)
 	return os.NewSyscallError("setsockopt IP_RECVERR", unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_RECVERR, 1))
 }
 
@@ -241,7 +265,8 @@ type receiver struct {
 
 	anc    ancillary
 	pieces [][]byte
-	out    stack.Datagram
+	out    [1]stack.Datagram
+	sender sender // of what goes on through another socket
 	errs   errorReader
 }
 
@@ -250,7 +275,7 @@ func newReceiver() (*receiver, error) {
 	if err != nil {
 		return nil, os.NewSyscallError("mmap", err)
 	}
-	r := &receiver{mem: mem, pieces: make([][]byte, 0, receiveBatch)}
+	r := &receiver{mem: mem, pieces: make([][]byte, 0, receiveBatch), sender: sender{iov: make([]unix.Iovec, 0, receiveBatch)}}
 	for i := range r.msgs {
 		r.iov[i].Base = &mem[i*receiveSize]
 		r.iov[i].SetLen(receiveSize)

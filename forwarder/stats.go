@@ -52,6 +52,12 @@ func (c *counter) sentOr(n, octets int, e unix.Errno) (sent bool) {
 	return false
 }
 
+// receivedSome counts n datagrams of so many octets together as received.
+func (c *counter) receivedSome(n, octets int) {
+	c.received.Add(uint64(n))
+	c.receivedOctets.Add(uint64(octets))
+}
+
 // add adds what c has counted, but for the flows that there are.
 func (sum *counter) add(c *counter) {
 	for _, p := range [...]struct{ to, from *atomic.Uint64 }{

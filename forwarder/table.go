@@ -302,6 +302,25 @@ func (t *table) forget(key ownerKey) []*flow {
 	return all
 }
 
+// of returns what an owner has, with a reference each for the caller.
+func (t *table) of(key ownerKey) []*flow {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	o := t.owners[key]
+	if o == nil {
+		return nil
+	}
+	list := make([]*flow, 0, o.flows)
+	for _, l := range [...]*link{&o.unanswered, &o.answered} {
+		for e := l.next; e != l; e = e.next {
+			if e.fl.acquire() {
+				list = append(list, e.fl)
+			}
+		}
+	}
+	return list
+}
+
 // all returns all flows there are, with a reference each for the caller.
 func (t *table) all() []*flow {
 	t.mu.RLock()

@@ -332,9 +332,9 @@ func TestLimitsFor(t *testing.T) {
 		files int
 		want  Limits
 	}{
-		{10, Limits{minFlows, minFlows, minFlows}},
-		{1024, Limits{TCP: 504, UDP: 336, Echo: 56}},
-		{1 << 20, Limits{TCP: 1<<20 - filesKept - maxUDPFlows - maxEchoFlows, UDP: maxUDPFlows, Echo: maxEchoFlows}},
+		{10, Limits{minFlows, minFlows, minFlows, minFlows}},
+		{1024, Limits{TCP: 448, UDP: 336, Echo: 56, Inside: 56}},
+		{1 << 20, Limits{TCP: 1<<20 - filesKept - maxUDPFlows - maxEchoFlows - maxInside, UDP: maxUDPFlows, Echo: maxEchoFlows, Inside: maxInside}},
 	} {
 		if got := LimitsFor(c.files); got != c.want {
 			t.Errorf("LimitsFor(%d) = %+v, want %+v", c.files, got, c.want)

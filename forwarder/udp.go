@@ -77,19 +77,29 @@ func (f *Forwarder) sendUDP(s *sender, run []stack.Datagram, t train, now int64)
 	}
 	defer fl.release()
 	s.to(to, d.TTL, d.TOS)
-	f.sendRun(s, fl, run, t)
+	f.sendRun(s, way{fl: fl, sock: fl.sock}, run, t)
 }
 
-// sendRun sends run through fl's socket to where s was told.
-func (f *Forwarder) sendRun(s *sender, fl *flow, run []stack.Datagram, t train) {
+// A way is where datagrams go on to: to the container by the TAP, with their two ends as it has them, or for
+// a flow through a socket.
+type way struct {
+	src, dst netip.AddrPort
+	fl       *flow
+	sock     *socket // nil: by the TAP. Its flow's, or the published port's for what a client is answered through its own
+	in       bool    // through a socket inside the container
+}
+
+// sendRun sends run by w, through its socket, to where s was told.
+func (f *Forwarder) sendRun(s *sender, w way, run []stack.Datagram, t train) {
+	fl := w.fl
 	if t.count == 1 || !fl.joins(t.segment) {
-		f.sendApart(s, fl, run)
+		f.sendApart(s, w, run)
 		return
 	}
 	for i := range run {
 		s.append(run[i].Payload...)
 	}
-	switch e := f.push(s, fl.sock, t.segment); e {
+	switch e := f.push(s, w.sock, t.segment); e {
 	case unix.EIO, unix.EINVAL, unix.EMSGSIZE:
 		// Longer than the path's MTU, which only datagrams for themselves may be, or an
 		// interface without checksum offload.
@@ -98,14 +108,14 @@ func (f *Forwarder) sendRun(s *sender, fl *flow, run []stack.Datagram, t train) 
 			fl.train.Store(1)
 		}
 		s.iov = s.iov[:0]
-		f.sendApart(s, fl, run)
+		f.sendApart(s, w, run)
 	default:
-		f.sentUDP(s, fl, &run[0], t.count, t.octets, e)
+		f.sentUDP(s, w, &run[0], t.count, t.octets, e)
 	}
 }
 
 // sendApart sends each datagram of run for itself.
-func (f *Forwarder) sendApart(s *sender, fl *flow, run []stack.Datagram) {
+func (f *Forwarder) sendApart(s *sender, w way, run []stack.Datagram) {
 	for i := range run {
 		d := &run[i]
 		octets, segment := d.Len(), d.Segment
@@ -115,21 +125,22 @@ func (f *Forwarder) sendApart(s *sender, fl *flow, run []stack.Datagram) {
 		for off, more := 0, true; more; more = off < octets { // once for an empty datagram
 			n := min(segment, octets-off)
 			s.appendPart(d.Payload, off, n)
-			f.sentUDP(s, fl, d, 1, n, f.push(s, fl.sock, 0))
+			f.sentUDP(s, w, d, 1, n, f.push(s, w.sock, 0))
 			off += n
 		}
 	}
 }
 
 // sentUDP books n datagrams like d, which the kernel took or refused with e.
-func (f *Forwarder) sentUDP(s *sender, fl *flow, d *stack.Datagram, n, octets int, e unix.Errno) {
+func (f *Forwarder) sentUDP(s *sender, w way, d *stack.Datagram, n, octets int, e unix.Errno) {
 	s.iov = s.iov[:0]
-	if fl.count().sentOr(n, octets, e) {
-		return
-	}
-	// What is too long has been told by the error queue, with the MTU.
-	if e != unix.EMSGSIZE {
-		f.refuseUDP(s, fl.count(), d, e)
+	count := w.fl.count()
+	switch {
+	case w.in && e == 0:
+		count.receivedSome(n, octets)
+	case count.sentOr(n, octets, e), w.fl.kind == &f.inside: // nobody on the TAP has sent it
+	case e != unix.EMSGSIZE: // what is too long has been told by the error queue, with the MTU
+		f.refuseUDP(s, count, d, e)
 	}
 }
 
@@ -212,28 +223,39 @@ func (f *Forwarder) readUDP(r *receiver, fl *flow, now int64) {
 	f.receiveUDP(r, fl.sock.fd, &f.udp.count, fl, now)
 }
 
-// A udpReceiver tells what becomes of the datagrams that came from one sender to one address of the host: their
-// ends as the container knows them, or with ok false why they go no further.
+// A udpReceiver tells by which way the datagrams go on that came from one sender to one address of the host,
+// or with ok false why they go no further. A way through a socket has a reference to its flow and to the socket.
 type udpReceiver interface {
-	came(from netip.AddrPort, at local, now int64) (src, dst netip.AddrPort, why dropReason, ok bool)
+	came(from netip.AddrPort, at local, now int64) (w way, why dropReason, ok bool)
 }
 
-func (fl *flow) came(from netip.AddrPort, _ local, now int64) (src, dst netip.AddrPort, why dropReason, ok bool) {
+func (fl *flow) came(from netip.AddrPort, _ local, now int64) (w way, why dropReason, ok bool) {
 	used, ok := fl.answer(from, now)
 	if !ok {
 		used, ok = from, fl.f.cfg.UDP.FullCone && fl.f.stranger(from.Addr())
 	}
-	return used, fl.key.src, dropFiltered, ok
+	return way{src: used, dst: fl.key.src}, dropFiltered, ok
 }
 
-// receiveUDP gives the container what fd has, in trains.
+// end lets go of what w has.
+func (w *way) end() {
+	if w.sock != nil {
+		w.sock.release()
+		w.fl.release()
+	}
+	*w = way{}
+}
+
+// receiveUDP sends on what fd has, in trains.
 func (f *Forwarder) receiveUDP(r *receiver, fd int, count *counter, to udpReceiver, now int64) {
 	n := r.read(fd)
 	var t train
-	var from, src, dst netip.AddrPort
+	var from netip.AddrPort
 	var at local
+	var w way
 	var why dropReason
 	var ok bool
+	out := &r.out[0]
 	for i := range n {
 		m := r.message(i)
 		if m.group {
@@ -241,8 +263,10 @@ func (f *Forwarder) receiveUDP(r *receiver, fd int, count *counter, to udpReceiv
 			continue
 		}
 		if m.from != from || m.at != at || !from.IsValid() {
+			f.receivedUDP(r, count, &w, &t)
+			w.end()
 			from, at = m.from, m.at
-			src, dst, why, ok = to.came(from, at, now)
+			w, why, ok = to.came(from, at, now)
 		}
 		if !ok {
 			count.drop(why, 1)
@@ -256,33 +280,38 @@ func (f *Forwarder) receiveUDP(r *receiver, fd int, count *counter, to udpReceiv
 		for data, more := m.data, true; more; more = len(data) > 0 {
 			part := data[:min(len(data), maxSegments*segment)]
 			data = data[len(part):]
-			if t.count > 0 && (r.out.Src != src || r.out.Dst != dst || r.out.TOS != m.tos || !t.add(len(part), segment)) {
-				f.receivedUDP(r, count, &t)
+			if t.count > 0 && (out.TOS != m.tos || !t.add(len(part), segment)) {
+				f.receivedUDP(r, count, &w, &t)
 			}
 			if t.count == 0 {
 				t.add(len(part), segment)
-				r.out = stack.Datagram{Src: src, Dst: dst, Payload: r.pieces[:0], TOS: m.tos}
+				*out = stack.Datagram{Src: w.src, Dst: w.dst, Payload: r.pieces[:0], TOS: m.tos}
 			}
-			r.out.Payload = append(r.out.Payload, part)
+			out.Payload = append(out.Payload, part)
 		}
 	}
-	if t.count > 0 {
-		f.receivedUDP(r, count, &t)
-	}
+	f.receivedUDP(r, count, &w, &t)
+	w.end()
 }
 
-// receivedUDP gives the container r.out, which is t.
-func (f *Forwarder) receivedUDP(r *receiver, count *counter, t *train) {
+// receivedUDP sends r.out, which is t, by w.
+func (f *Forwarder) receivedUDP(r *receiver, count *counter, w *way, t *train) {
+	if t.count == 0 {
+		return
+	}
+	out := &r.out[0]
 	if t.count > 1 {
-		r.out.Segment = t.segment
+		out.Segment = t.segment
 	}
-	if err := f.stack.SendUDP(&r.out); err != nil {
+	switch {
+	case w.sock != nil:
+		f.sendOn(&r.sender, w, r.out[:], *t)
+	case f.stack.SendUDP(out) != nil:
 		count.drop(dropStack, t.count)
-	} else {
-		count.received.Add(uint64(t.count))
-		count.receivedOctets.Add(uint64(t.octets))
+	default:
+		count.receivedSome(t.count, t.octets)
 	}
-	r.pieces = r.out.Payload // perhaps grown
+	r.pieces = out.Payload // perhaps grown
 	*t = train{}
 }
 

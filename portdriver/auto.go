@@ -25,14 +25,19 @@ func (d *Driver) Auto(cfg AutoConfig) error {
 	d.mu.Lock()
 	d.autos = append(d.autos, cfg)
 	d.mu.Unlock()
+	d.kickWatch()
+	return nil
+}
+
+// kickWatch has watch look now.
+func (d *Driver) kickWatch() {
 	select {
 	case d.kick <- struct{}{}:
 	default:
 	}
-	return nil
 }
 
-// watch does what Auto asks for, until ctx ends.
+// watch does what Auto asks for, and looks where UDP ports are bound, until ctx ends.
 func (d *Driver) watch(ctx context.Context) {
 	w := watcher{d: d, ids: make(map[Spec]int), failed: make(map[Spec]string)}
 	timer := time.NewTimer(scanPause)
@@ -40,9 +45,11 @@ func (d *Driver) watch(ctx context.Context) {
 	for {
 		d.mu.Lock()
 		autos := slices.Clone(d.autos)
+		d.watching = len(autos) > 0 || d.anyMayEnterLocked()
+		watching := d.watching
 		d.mu.Unlock()
 		var tick <-chan time.Time
-		if len(autos) > 0 {
+		if watching {
 			w.look(ctx, autos)
 			timer.Reset(scanPause)
 			tick = timer.C
@@ -66,7 +73,7 @@ type watcher struct {
 }
 
 func (w *watcher) look(ctx context.Context, autos []AutoConfig) {
-	listening, err := w.d.kit.Listening(ctx)
+	listening, err := w.d.look(ctx)
 	if err != nil {
 		if ctx.Err() == nil && !w.blind {
 			w.blind = true
@@ -145,7 +152,7 @@ func (a AutoConfig) specs(listening []inside.Listening, ephemeral PortRange) []S
 		mapped := addr.Is4In6()
 		addr = addr.Unmap()
 		k := key{udp, addr.IsLoopback(), l.Addr.Port()}
-		if !a.wants(udp, k.port, ephemeral) || k.port == 0 || udp && k.loopback || addr.IsMulticast() {
+		if !a.wants(udp, k.port, ephemeral) || k.port == 0 || addr.IsMulticast() {
 			continue
 		}
 		f := found[k]

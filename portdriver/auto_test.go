@@ -35,7 +35,7 @@ func TestAutoSpecs(t *testing.T) {
 		"both by two":       {all, listening("tcp 0.0.0.0:80", "tcp [::]:80 v6only", "tcp 10.0.2.100:80"), []string{"80:80/tcp"}},
 		"its own address":   {all, listening("tcp 10.0.2.100:80", "udp [fd00::100]:53"), []string{"53:53/udp6", "80:80/tcp4"}},
 		"mapped":            {all, listening("tcp [::ffff:10.0.2.100]:80"), []string{"80:80/tcp4"}},
-		"loopback":          {all, listening("tcp 127.0.0.1:80", "tcp [::1]:81", "udp 127.0.0.1:53"), []string{"127.0.0.1:80:80/tcp", "[::1]:81:81/tcp"}},
+		"loopback":          {all, listening("tcp 127.0.0.1:80", "tcp [::1]:81", "udp 127.0.0.1:53"), []string{"127.0.0.1:53:53/udp", "127.0.0.1:80:80/tcp", "[::1]:81:81/tcp"}},
 		"both loopbacks":    {all, listening("tcp 127.0.0.1:80", "tcp [::1]:80"), []string{"127.0.0.1:80:80/tcp", "[::1]:80:80/tcp"}},
 		"loopback and else": {all, listening("tcp 127.0.0.1:80", "tcp 10.0.2.100:80"), []string{"80:80/tcp4"}},
 		"clients":           {all, listening("udp 0.0.0.0:40000", "udp 0.0.0.0:68", "tcp 0.0.0.0:40000"), []string{"40000:40000/tcp4"}},

@@ -69,6 +69,8 @@ type fakeUDP struct {
 	mu   sync.Mutex
 	to   [][]netip.AddrPort
 	fail error
+
+	through [][]netip.AddrPort
 }
 
 func (u *fakeUDP) PublishUDP(fd int, to ...netip.AddrPort) (UDPForward, error) {
@@ -97,6 +99,13 @@ func (f *fakeUDPForward) Close() error {
 	return nil
 }
 
+func (f *fakeUDPForward) Through(_ func(bool) (int, error), to ...netip.AddrPort) error {
+	f.u.mu.Lock()
+	defer f.u.mu.Unlock()
+	f.u.through = append(f.u.through, to)
+	return nil
+}
+
 func (f *fakeUDPForward) Stats() UDPStats {
 	return UDPStats{Clients: 1, Total: 2, Dropped: 3, OctetsIn: 4, OctetsOut: 5}
 }
@@ -120,10 +129,18 @@ type fakeKit struct {
 	socket      error // that of Socket; nil: a socket of our own namespace
 	mu          sync.Mutex
 	listening   []inside.Listening
+	looks       int
+	prepared    []inside.Kind
 	doubts      atomic.Int64
 }
 
 func (k *fakeKit) Ready(inside.Kind) (int, bool) { return -1, false }
+
+func (k *fakeKit) Prepare(kind inside.Kind) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.prepared = append(k.prepared, kind)
+}
 
 func (k *fakeKit) Socket(_ context.Context, kind inside.Kind) (int, error) {
 	if k.socket != nil {
@@ -146,6 +163,7 @@ func (k *fakeKit) Doubt()                 { k.doubts.Add(1) }
 func (k *fakeKit) Listening(context.Context) ([]inside.Listening, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.looks++
 	return k.listening, nil
 }
 

@@ -3,7 +3,8 @@
 //	                             ┌─ kernel: socket of the container's namespace ─ lo ─ server
 //	client ─ listener ─ conn ────┤                                             (relay copies)
 //	                             └─ stack: netstack ─ TAP ─ server
-//	client ─ UDP socket ─ forwarder ─ TAP ─ server
+//	client ─ UDP socket ─ forwarder ┬ TAP ─ server
+//	                                └ a socket of the namespace ─ server          where that is on its loopback alone
 //
 // A connection is accepted by the host's kernel before we know of it. It is then dialled in the container, from the client's
 // own address where an answer finds its way back to us (see source), and joined; or it is reset, with

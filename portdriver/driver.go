@@ -49,7 +49,7 @@ const (
 	PathAuto   = "auto"
 	PathKernel = "kernel"
 	PathStack  = "stack"
-	PathTAP    = "tap" // what UDP takes
+	PathTAP    = "tap" // what UDP takes, but to servers on the container's loopback alone
 )
 
 // StackDialer connects to the container through the stack; src may have port 0.
@@ -70,6 +70,11 @@ type UDPPublisher interface {
 // UDPForward is a UDP port that is published.
 type UDPForward interface {
 	Close() error // closes the socket at once
+
+	// Through leads new clients through sockets of the container's namespace that are connected to its address in to, at
+	// most one of each family; without any, they are led there as PublishUDP was told. socket does not block.
+	Through(socket func(v6 bool) (fd int, err error), to ...netip.AddrPort) error
+
 	Stats() UDPStats
 }
 
@@ -87,6 +92,7 @@ type kit interface {
 	Transparent(v6 bool) error
 	Doubt()
 	Ready(kind inside.Kind) (fd int, ok bool)
+	Prepare(kind inside.Kind)
 	Listening(ctx context.Context) ([]inside.Listening, error)
 	Ephemeral() (low, high uint16)
 }
@@ -113,7 +119,10 @@ type Driver struct {
 	forwards map[int]*forward
 	places   map[Spec]int // IDs by Spec.place
 	autos    []AutoConfig
-	kick     chan struct{} // tells Run of a change of autos
+	kick     chan struct{} // tells Run of a change of autos, or of UDP to look for where nobody is watching
+	watching bool          // Run looks again and again
+
+	looking sync.Mutex // before mu: of who looks where UDP ports are bound, until what was seen is done
 }
 
 // New makes a Driver; nothing runs before Run, but forwards may be added. Close it, or run it.
@@ -225,7 +234,14 @@ func (d *Driver) add(ctx context.Context, specs []Spec, said *port.Spec, auto bo
 		d.forwards[f.id] = f
 		d.places[f.spec.place()] = f.id
 	}
+	watching := d.watching
 	d.mu.Unlock()
+	if slices.ContainsFunc(fs, (*forward).mayEnter) {
+		_, _ = d.look(ctx, fs...) // what cannot be seen now is told by who looks next
+		if !watching {
+			d.kickWatch()
+		}
+	}
 	for _, f := range fs {
 		added = append(added, f.snapshot())
 	}

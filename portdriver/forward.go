@@ -3,6 +3,7 @@ package portdriver
 import (
 	"errors"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -27,13 +28,15 @@ type forward struct {
 
 	draining bool // under d.mu
 
-	to4, to6 []netip.Addr // targets of clients of either family
+	to4, to6  []netip.Addr // targets of clients of either family
+	loopbacks []netip.Addr // those of them, each once
 
 	// What is listened on, from open to stop.
 	fds       []int          // not yet handed on
 	file      *sockfile.File // of a unix socket
 	listeners []*relay.Listener
 	udp       UDPForward
+	inside    atomic.Pointer[[]netip.AddrPort] // where UDP is led inside; nil: by the TAP. Written under Driver.looking
 	stopped   sync.Once
 	stopErr   error
 
@@ -48,10 +51,18 @@ type forward struct {
 }
 
 func (d *Driver) newForward(spec Spec) *forward {
-	return &forward{
+	f := &forward{
 		d: d, spec: spec, to4: d.addrs.targets(spec, true), to6: d.addrs.targets(spec, false),
 		conns: make(map[*conn]struct{}), idle: make(chan struct{}),
 	}
+	for _, list := range [...][]netip.Addr{f.to4, f.to6} {
+		for _, a := range list {
+			if a.IsLoopback() && !slices.Contains(f.loopbacks, a) {
+				f.loopbacks = append(f.loopbacks, a)
+			}
+		}
+	}
+	return f
 }
 
 // start begins to serve. What fails leaves all to close.

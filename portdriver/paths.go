@@ -103,7 +103,7 @@ func (d *Driver) isLocal(ctx context.Context, a netip.Addr) (bool, error) {
 // pathOf says what a forward's new connections take, and why it is not the kernel path, without asking anybody.
 func (d *Driver) pathOf(f *forward) (path, note string) {
 	if f.udp != nil {
-		return PathTAP, ""
+		return f.udpPath()
 	}
 	_, v4, v6 := f.spec.families()
 	if h := f.spec.Host; h.IsValid() {

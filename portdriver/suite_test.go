@@ -29,8 +29,11 @@ func TestRootlesskitSuite(t *testing.T) {
 			})
 		}
 	}
-	// Its server listens on the container's loopback alone. So does that of the one for UDP, where no datagram gets.
-	t.Run("transparent", func(t *testing.T) { testsuite.TestTCPTransparent(t, newSuiteParent(t, PathAuto)) })
+	// Their servers listen on the container's loopback alone.
+	t.Run("transparent", func(t *testing.T) {
+		testsuite.TestTCPTransparent(t, newSuiteParent(t, PathAuto))
+		testsuite.TestUDPTransparent(t, newSuiteParent(t, PathAuto))
+	})
 }
 
 // suiteParent is the driver as the suite wants it: it learns from the suite's child which namespace it serves.

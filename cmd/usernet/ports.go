@@ -45,8 +45,8 @@ func (o *options) wantsKit() bool {
 
 // openKit has the helper make what the kernel path needs. Without it ports take the stack's path.
 func (e *engine) openKit(ctx context.Context, files int) {
-	// What lies ready holds files: with few of them, an eighth of them at most, for there are four kinds.
-	batch := max(1, min(files/32, 48))
+	// What lies ready holds files: with few of them, an eighth of them at most, for there are six kinds in use.
+	batch := max(1, min(files/48, 48))
 	kit, err := inside.Open(ctx, e.ns, inside.Config{IPv6: e.o.plan.net6.IsValid(), Batch: batch, Log: e.log})
 	if err != nil {
 		e.whyNoKernel = err

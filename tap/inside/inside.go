@@ -96,7 +96,7 @@ type option struct {
 }
 
 var (
-	plainOptions = []option{
+	plainOptions = []option{ // of TCP
 		{unix.IPPROTO_TCP, unix.TCP_NODELAY, "TCP_NODELAY", 1}, // what comes has waited where it was sent, if it had to
 	}
 	transparent4 = append([]option{{unix.IPPROTO_IP, unix.IP_TRANSPARENT, "IP_TRANSPARENT", 1}}, transparentOptions...)
@@ -110,7 +110,11 @@ var (
 )
 
 func makeSocket(k Kind) (*os.File, error) {
-	family, options := unix.AF_INET, [][]option{plainOptions}
+	family, typ, proto := unix.AF_INET, unix.SOCK_STREAM, unix.IPPROTO_TCP
+	options := [][]option{plainOptions}
+	if k.UDP {
+		typ, proto, options = unix.SOCK_DGRAM, unix.IPPROTO_UDP, nil
+	}
 	if k.V6 {
 		family = unix.AF_INET6
 	}
@@ -120,7 +124,7 @@ func makeSocket(k Kind) (*os.File, error) {
 	case k.Transparent:
 		options = append(options, transparent4)
 	}
-	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	fd, err := unix.Socket(family, typ|unix.SOCK_CLOEXEC, proto)
 	if err != nil {
 		return nil, err
 	}

@@ -45,8 +45,8 @@ type Kit struct {
 	wake chan struct{} // to Run: a stock is low, or the routing is in doubt
 
 	mu     sync.Mutex
-	why    [2]error // per family: no source addresses
-	stocks [4]stock // by Kind.index
+	why    [2]error     // per family: no source addresses
+	stocks [kinds]stock // by Kind.index
 	doubt  bool
 	ended  bool
 }

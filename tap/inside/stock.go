@@ -22,7 +22,11 @@ const (
 type Kind struct {
 	V6          bool
 	Transparent bool // it may have a foreign client's address
+	UDP         bool // not TCP
 }
+
+// kinds is how many there are.
+const kinds = 8
 
 func (k Kind) index() int {
 	i := 0
@@ -32,13 +36,16 @@ func (k Kind) index() int {
 	if k.Transparent {
 		i |= 2
 	}
+	if k.UDP {
+		i |= 4
+	}
 	return i
 }
 
 // family is an index, as of families.
 func (k Kind) family() int { return k.index() & 1 }
 
-func kindOf(i int) Kind { return Kind{V6: i&1 != 0, Transparent: i&2 != 0} }
+func kindOf(i int) Kind { return Kind{V6: i&1 != 0, Transparent: i&2 != 0, UDP: i&4 != 0} }
 
 // A stock holds sockets of one kind. Nothing is made before the first is asked for.
 type stock struct {
@@ -49,13 +56,23 @@ type stock struct {
 	retry  time.Time     // not before, where that failed
 }
 
+// Prepare has Run make sockets of a kind before the first one is asked for. It does not wait.
+func (k *Kit) Prepare(kind Kind) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if s := &k.stocks[kind.index()]; len(s.fds) < k.low && !s.wanted {
+		s.wanted = true
+		k.signal()
+	}
+}
+
 // Ready is Socket for whoever cannot wait: ok is false where none lies ready, and Run makes some then.
 func (k *Kit) Ready(kind Kind) (fd int, ok bool) {
 	fd, _, err := k.take(kind, false)
 	return fd, err == nil && fd >= 0
 }
 
-// Socket returns a TCP socket of the namespace, non-blocking and close-on-exec, with TCP_NODELAY, which is the
+// Socket returns a socket of the namespace, non-blocking and close-on-exec, one of TCP with TCP_NODELAY, which is the
 // caller's to close. A transparent one has IP_TRANSPARENT (IPV6_TRANSPARENT), Mark, SO_REUSEADDR and
 // IP_BIND_ADDRESS_NO_PORT as well: bind it to the client's address and port, and where that is refused, as it is taken or
 // below the namespace's first unprivileged port, to the client's address and port 0. As a rule it lies ready and costs no system

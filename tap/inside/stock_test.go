@@ -166,3 +166,33 @@ func BenchmarkSocket(b *testing.B) {
 		unix.Close(fd)
 	}
 }
+
+// Sockets of UDP are made as well, and may be made before anybody asks.
+func TestUDPSockets(t *testing.T) {
+	b := newBox(t, taptest.OwnerRoot)
+	b.open(t, inside.Config{Batch: 3, IPv6: true})
+	for _, kind := range []inside.Kind{{UDP: true}, {UDP: true, V6: true}, {UDP: true, Transparent: true}, {UDP: true, V6: true, Transparent: true}} {
+		b.Prepare(kind)
+		fd := -1
+		waitFor(t, "a socket lies ready", func() (ok bool) { fd, ok = b.Ready(kind); return ok })
+		typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+		if err != nil || typ != unix.SOCK_DGRAM {
+			t.Errorf("%+v: type %d, %v", kind, typ, err)
+		}
+		family, want := 0, unix.AF_INET
+		if kind.V6 {
+			want = unix.AF_INET6
+		}
+		if family, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN); err != nil || family != want {
+			t.Errorf("%+v: family %d, %v", kind, family, err)
+		}
+		if _, _, err := unix.Recvfrom(fd, make([]byte, 1), 0); err != unix.EAGAIN {
+			t.Errorf("%+v: reading says %v: does it block?", kind, err)
+		}
+		mark, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK)
+		if err != nil || (mark == inside.Mark) != kind.Transparent {
+			t.Errorf("%+v: mark %#x, %v", kind, mark, err)
+		}
+		unix.Close(fd)
+	}
+}
