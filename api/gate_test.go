@@ -43,7 +43,7 @@ func TestDefaultPath(t *testing.T) {
 	base := t.TempDir()
 	give := func(t *testing.T, path string) {
 		if err := os.Chown(path, 54321, -1); err != nil {
-			t.Skipf("giving a directory away takes root: %v", err)
+			t.Fatal(err)
 		}
 	}
 	mkdir := func(t *testing.T, mode os.FileMode, parts ...string) string {
@@ -100,6 +100,9 @@ func TestDefaultPath(t *testing.T) {
 			return dir, "!is no directory"
 		}},
 	} {
+		if strings.HasPrefix(c.what, "another") && uid != 0 {
+			continue // to give a directory away takes root, who runs the tests as well
+		}
 		t.Run(c.what, func(t *testing.T) {
 			run, tmp := mkdir(t, 0o755, base, t.Name(), "run"), mkdir(t, 0o777, base, t.Name(), "tmp")
 			xdg, want := c.do(t, run, tmp)

@@ -21,6 +21,7 @@ var (
 	raceDetector bool
 	binary       string // the binary under test
 	scratch      string // a directory of this run
+	runtimeDir   string // XDG_RUNTIME_DIR of what is started; there may be none on this machine
 	realRoot     bool   // the machine's root runs the tests
 )
 
@@ -101,6 +102,10 @@ func outer() (int, error) {
 func inner(m *testing.M) (int, error) {
 	realRoot = os.Getenv(envInside) == "0"
 	binary, scratch = os.Getenv(envBinary), os.Getenv("USERNET_E2E_SCRATCH")
+	runtimeDir = filepath.Join(scratch, "runtime")
+	if err := os.Mkdir(runtimeDir, 0o700); err != nil {
+		return 1, err
+	}
 	if err := newLab(); err != nil {
 		return 1, fmt.Errorf("make the lab: %w", err)
 	}

@@ -56,7 +56,7 @@ func (w where) start(t testing.TB, change func(*exec.Cmd), args ...string) *proc
 	line := append(append([]string{}, w.prefix...), args...)
 	p := &process{name: strings.Join(args, " "), out: &output{}, ended: make(chan struct{})}
 	p.cmd = exec.Command(line[0], line[1:]...)
-	p.cmd.Env = append(os.Environ(), "LC_ALL=C", "HOME="+scratch, "GORACE=atexit_sleep_ms=0") // the race detector would have each process end a second late
+	p.cmd.Env = append(os.Environ(), "LC_ALL=C", "HOME="+scratch, "XDG_RUNTIME_DIR="+runtimeDir, "GORACE=atexit_sleep_ms=0") // the race detector would have each process end a second late
 	p.cmd.Stdout, p.cmd.Stderr = p.out, p.out
 	// A grandchild that keeps our pipe open must not keep the test.
 	p.cmd.WaitDelay = 5 * time.Second

@@ -184,10 +184,13 @@ func TestWhatIsThereAlready(t *testing.T) {
 		{"another user's dead socket", func(t *testing.T, path string) {
 			dead(t, path)
 			if err := os.Lchown(path, 54321, -1); err != nil {
-				t.Skipf("giving a file away takes root: %v", err)
+				t.Fatal(err)
 			}
 		}, "socket of uid 54321"},
 	} {
+		if strings.HasPrefix(c.what, "another") && os.Geteuid() != 0 {
+			continue // to give a file away takes root, who runs the tests as well
+		}
 		t.Run(c.what, func(t *testing.T) {
 			path := socketPath(t)
 			c.put(t, path)
