@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -29,8 +30,11 @@ func TestOtherNetns(t *testing.T) {
 	}
 	defer ln.Close()
 	check := func(leave bool) error {
-		errs := make(chan error, 1)
-		go func() {
+		errs, done := make(chan error, 1), make(chan struct{})
+		var client sync.WaitGroup
+		defer client.Wait()
+		defer close(done)
+		client.Go(func() {
 			runtime.LockOSThread() // and never unlocked where it has left: the thread ends with the goroutine
 			if leave {
 				if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
@@ -45,12 +49,11 @@ func TestOtherNetns(t *testing.T) {
 				defer c.Close()
 			}
 			errs <- err
-			<-errs
-		}()
+			<-done
+		})
 		if err := <-errs; err != nil {
 			t.Fatalf("dial: %v", os.NewSyscallError("unshare or connect", err))
 		}
-		defer func() { errs <- nil }()
 		c, err := ln.Accept()
 		if err != nil {
 			t.Fatal(err)
