@@ -2,7 +2,7 @@
 
 SHELL      := bash
 GO         ?= go
-FUZZTIME   ?= 30s
+FUZZTIME   ?= 10s
 BENCHFLAGS ?=
 VERSION    ?= $(shell git -c safe.directory='*' describe --tags --always --dirty 2>/dev/null || echo unknown)
 
@@ -32,7 +32,7 @@ e2e: build ## the tests of the built binary only
 race: ## every test with the race detector (needs a C compiler)
 	@.ci/test race
 
-fuzz: ## each fuzz target for FUZZTIME (30s)
+fuzz: ## each fuzz target for FUZZTIME (10s)
 	@FUZZTIME=$(FUZZTIME) .ci/test fuzz
 
 bench: build ## usernet beside slirp4netns, pasta and rootlesskit: half an hour; BENCHFLAGS=-help
