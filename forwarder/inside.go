@@ -40,7 +40,7 @@ func (g *passage) to(real netip.Addr) netip.AddrPort {
 // Through leads clients that come from now on through sockets inside the container, to at most one address of each
 // family, which need not lie on the TAP; a client goes to that of its own, or else to the other. The server sees
 // the address that the kernel picks, such as 127.0.0.1. Without addresses they are led by the TAP again. Clients that there
-// are go on as they began, but those that nobody has answered begin anew.
+// are go on as they began, but those that nobody has answered by the TAP begin anew.
 //
 // socket makes an unconnected UDP socket of the container's namespace that is the Forwarder's from then on. It must not
 // block: the datagram is dropped where it fails, and the next one of the client tries again.
@@ -55,18 +55,17 @@ func (p *PublishedUDP) Through(socket func(v6 bool) (fd int, err error), to ...n
 	}
 	f := p.f
 	p.passage.Store(g)
-	f.poller.settle() // whoever reads the socket now may still make a client of the old way
-	left := &f.published
 	if g == nil {
-		left = &f.inside
+		return nil // those inside hear where nobody is any more, and an answer may be under way
 	}
-	for _, fl := range left.table.of(ownerKey{forward: p}) {
+	f.poller.settle() // whoever reads the socket now may still make a client of the old way
+	for _, fl := range f.published.table.of(ownerKey{forward: p}) {
 		fl.mu.Lock()
 		end := !fl.gone && !fl.peers.list[0].answered
 		fl.gone = fl.gone || end
 		fl.mu.Unlock()
 		if end {
-			f.drop(left, fl)
+			f.drop(&f.published, fl)
 		}
 		fl.release()
 	}
