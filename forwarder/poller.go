@@ -141,9 +141,9 @@ func (p *poller) settle() {
 
 // sleep sets when run has to tick next: in a second, or not before there is something to end.
 func (p *poller) sleep() {
-	p.asleep.Store(true)
 	if !p.timed() {
 		p.epoll.SetDeadline(time.Time{})
+		p.asleep.Store(true) // behind it: the deadline of whoever stirs from now on stays
 		if !p.timed() {
 			return
 		}

@@ -235,7 +235,7 @@ func (p *PublishedUDP) newClient(key clientKey, now int64) (*flow, dropReason) {
 		switch {
 		case err != nil:
 			return nil, dropStopped
-		case made == fl && fl.sock == nil:
+		case made == fl && fl.err != nil:
 			f.drop(k, fl)
 			why := f.noClient(fl.err)
 			fl.release()

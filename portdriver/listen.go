@@ -31,7 +31,7 @@ func (d *Driver) open(specs []Spec) (fs []*forward, err error) {
 			return fs, fmt.Errorf("publish %v: the container has no address that datagrams could go to", spec)
 		}
 		if err := f.bind(); err != nil {
-			return fs, err
+			return fs, blameRequest(err, fs)
 		}
 	}
 	for _, f := range fs {
@@ -40,11 +40,25 @@ func (d *Driver) open(specs []Spec) (fs []*forward, err error) {
 		}
 		for _, fd := range f.fds {
 			if err := unix.Listen(fd, backlog); err != nil {
-				return fs, d.listenError(f.spec, "listen", err)
+				return fs, blameRequest(d.listenError(f.spec, "listen", err), fs)
 			}
 		}
 	}
 	return fs, nil
+}
+
+// blameRequest mends the remedy of an address that is in use by another forward of the same request.
+func blameRequest(err error, request []*forward) error {
+	var e *ErrListen
+	if !errors.As(err, &e) || !errors.Is(err, unix.EADDRINUSE) {
+		return err
+	}
+	for _, f := range request {
+		if f.spec != e.Spec && overlap(f.spec, e.Spec) {
+			e.Remedy = fmt.Sprintf("%v of the same request has it: leave one of them out", f.spec)
+		}
+	}
+	return err
 }
 
 // bind makes the forward's sockets and learns the port. A unix socket listens at once.

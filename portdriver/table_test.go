@@ -171,6 +171,10 @@ func TestConflict(t *testing.T) {
 	if err := d.Remove(t.Context(), f.ID, false); err != nil {
 		t.Fatal(err)
 	}
+	wild := Spec{Proto: "tcp", HostPort: same.HostPort, ContainerPort: 80}
+	if _, err := d.Add(t.Context(), wild, same); !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(err.Error(), "of the same request has it") {
+		t.Errorf("both in one request: %v", err)
+	}
 	if _, err := d.Add(t.Context(), same); err != nil {
 		t.Errorf("when it has gone: %v", err)
 	}

@@ -62,9 +62,10 @@ func (h *ackHolder) take(dev Device, headers []byte, size int) bool {
 	}
 	ports := headers[tcp : tcp+4]
 	slot := &h.held[binary.BigEndian.Uint32(ports)*0x9e3779b1>>26]
-	// Nothing but ACK, no payload, and no SACK blocks, which report a loss: timestamps take 12 octets.
-	options := int(headers[tcp+12]>>4)*4 - header.TCPMinimumSize
-	pure := headers[tcp+13] == uint8(header.TCPFlagAck) && options <= 12 && size == tcp+header.TCPMinimumSize+options && size <= len(slot.frame) && len(headers) == size
+	// Nothing but ACK, no payload, and no SACK blocks, which report a loss.
+	end := tcp + int(headers[tcp+12]>>4)*4
+	pure := headers[tcp+13] == uint8(header.TCPFlagAck) && size == end && len(headers) == end && end <= len(slot.frame) &&
+		onlyTimestamps(headers[tcp+header.TCPMinimumSize:end])
 
 	h.mu.Lock()
 	defer h.mu.Unlock()

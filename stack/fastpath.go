@@ -104,8 +104,8 @@ func (s *segments) deliver(f *frame, pkt *stack.PacketBuffer, place, length int)
 	c := &s.recent[place]
 	h := header.TCP(f.transport())
 	seq, ack := h.SequenceNumber(), h.AckNumber()
-	// Nothing but ACK, no payload, and no SACK blocks, which tell of a loss: timestamps take 12 octets.
-	bare := h.Flags() == header.TCPFlagAck && f.ipPayloadLen() == length && length <= header.TCPMinimumSize+12
+	// Nothing but ACK, no payload, and no SACK blocks, which tell of a loss.
+	bare := h.Flags() == header.TCPFlagAck && f.ipPayloadLen() == length && onlyTimestamps(h[header.TCPMinimumSize:length])
 	if c.pkt != nil && bare && seq == c.seq && int32(ack-c.ack) > 0 {
 		c.pkt.DecRef()
 		c.pkt = nil
@@ -142,4 +142,10 @@ func (s *segments) flush() {
 func (s *segments) rest() {
 	s.flush()
 	clear(s.recent[:])
+}
+
+// onlyTimestamps tells that a TCP header's options are none, or timestamps as everybody sends them: NOP, NOP, timestamps.
+// One SACK block would be as long.
+func onlyTimestamps(options []byte) bool {
+	return len(options) == 0 || len(options) == 12 && options[2] == header.TCPOptionTS
 }

@@ -152,3 +152,20 @@ func TestAcknowledgementsAreMerged(t *testing.T) {
 		})
 	}
 }
+
+func TestOnlyTimestamps(t *testing.T) {
+	for _, c := range []struct {
+		options []byte
+		want    bool
+	}{
+		{nil, true},
+		{[]byte{1, 1, header.TCPOptionTS, 10, 0, 0, 0, 1, 0, 0, 0, 2}, true},
+		{[]byte{1, 1, header.TCPOptionSACK, 10, 0, 0, 0, 1, 0, 0, 0, 2}, false}, // as a peer without timestamps reports a loss
+		{[]byte{1, 1, 1, 1}, false},
+		{make([]byte, 36), false},
+	} {
+		if got := onlyTimestamps(c.options); got != c.want {
+			t.Errorf("%v: %v", c.options, got)
+		}
+	}
+}

@@ -80,7 +80,8 @@ func (l *Loop) Join(end End, fd int, o Options) (*Joint, error) {
 	s.queued.Store(true)
 	end.OnReady(s.onReady)
 	prepare(fd)
-	if err := s.w.add(&s.entry, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fd); err != nil {
+	// EPOLLPRI: a read stops before an urgent octet.
+	if err := s.w.add(&s.entry, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP|unix.EPOLLPRI, fd); err != nil {
 		s.finish(err)
 		return nil, err
 	}

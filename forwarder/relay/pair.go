@@ -31,8 +31,8 @@ const (
 //	host ── recv ─▶ the worker's buffer ── send ─▶ container        FIN: shutdown(SHUT_WR)   RST: close with linger 0
 //	host ◀── send ── the worker's buffer ◀── recv ── container
 //
-// What a side has not taken waits in the other's rest, and until it has gone nothing more is read there.
-// Copying is faster than splice: see docs/performance.md.
+// What a side has not taken waits in the other's rest, and until it has gone nothing more is read there. A busy
+// direction has a conduit in place of the buffer and the rest.
 //
 // Its worker alone touches it, but for the atomic fields. Each direction ends by itself; the pair ends
 // when both have, or when either side is reset.
@@ -56,13 +56,25 @@ type side struct {
 	thorough bool   // a short read does not tell that there is no more
 	ended    bool   // its FIN was passed on, or nobody is left to pass anything to
 	gone     bool   // nothing can be sent to it any more
+	urgent   bool   // an urgent octet has come here
 	tcp      bool
+
+	pipe *conduit // what is read here goes through it; nil: it is copied
+	thin int      // how often in a row little came that way
 }
 
 // JoinSockets relays between two connected, non-blocking stream sockets (TCP or AF_UNIX) from now on. Both belong
 // to the Loop afterwards, also when it returns an error (they are reset then, and Done is called).
 // Where one of them is AF_UNIX, which has no RST, its peer sees the end of the stream in place of one.
 func (l *Loop) JoinSockets(host, container int, o Options) (*Joint, error) {
+	p := l.newPair(host, container, o)
+	if err := p.watch(); err != nil {
+		return nil, err
+	}
+	return &p.Joint, nil
+}
+
+func (l *Loop) newPair(host, container int, o Options) *pair {
 	p := &pair{}
 	p.w, p.job, p.options = l.worker(), p, o
 	p.begin()
@@ -71,12 +83,17 @@ func (l *Loop) JoinSockets(host, container int, o Options) (*Joint, error) {
 		// A read of an AF_UNIX socket is short also where descriptors came with the octets.
 		p.sides[i] = side{fd: fd, most: firstRead, tcp: tcp, thorough: !tcp}
 	}
+	return p
+}
+
+// watch has the worker see to the pair from now on.
+func (p *pair) watch() error {
 	// EPOLLPRI: a read stops before an urgent octet. The first events come with the adding.
-	if err := p.w.add(&p.entry, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP|unix.EPOLLPRI, host, container); err != nil {
+	err := p.w.add(&p.entry, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP|unix.EPOLLPRI, p.sides[hostSide].fd, p.sides[containerSide].fd)
+	if err != nil {
 		p.finish(err)
-		return nil, err
 	}
-	return &p.Joint, nil
+	return err
 }
 
 func (p *pair) mark(i int, events uint32) { p.sides[i].events |= events }
@@ -100,6 +117,7 @@ func (p *pair) pump() {
 		s.readable = s.readable || ev&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0
 		s.writable = s.writable || ev&unix.EPOLLOUT != 0
 		s.thorough = s.thorough || ev&(unix.EPOLLPRI|unix.EPOLLRDHUP|unix.EPOLLHUP) != 0
+		s.urgent = s.urgent || ev&unix.EPOLLPRI != 0
 		if ev&unix.EPOLLERR != 0 {
 			p.breakSide(i, socketError(s.fd))
 		}
@@ -139,6 +157,7 @@ func (p *pair) breakSide(i int, err error) {
 	s, other := &p.sides[i], &p.sides[1-i]
 	s.gone, s.readable, s.thorough = true, true, true
 	p.w.loop.rests.drop(&other.rest)
+	p.unplug(other)
 	other.ended = true // what it says interests nobody
 }
 
@@ -154,7 +173,7 @@ func (p *pair) letGo() {
 		}
 		unsent, err := sysUnsent(s.fd)
 		arrived := unsent == 0 || !s.tcp // AF_UNIX keeps what was sent
-		if err != nil || arrived && other.rest.octets == nil {
+		if err != nil || arrived && other.passed() {
 			p.finish(p.broken)
 			return
 		}
@@ -165,9 +184,17 @@ func (p *pair) letGo() {
 	})
 }
 
+// passed tells that all that has come to a side has been passed on, but for what the other does not take.
+func (s *side) passed() bool {
+	return s.rest.octets == nil && (s.pipe == nil || s.pipe.held == 0) && (s.ended || !s.readable)
+}
+
 // move moves octets from a side to the other; more: there may be some left.
 func (p *pair) move(i int) (more bool, err error) {
 	from, to := &p.sides[i], &p.sides[1-i]
+	if from.pipe != nil {
+		return p.pour(i)
+	}
 	moved := 0
 	for range turn {
 		if from.ended {
@@ -223,6 +250,11 @@ func (p *pair) move(i int) (more bool, err error) {
 			}
 		case n == from.most:
 			from.most = min(2*n, mostRead)
+			if n >= busyRead {
+				if p.plug(from, to); from.pipe != nil {
+					return p.pour(i)
+				}
+			}
 		}
 	}
 	return from.readable || from.rest.octets != nil, nil
@@ -242,6 +274,15 @@ func (p *pair) send(i int, b []byte) (int, error) {
 		return 0, nil
 	}
 	n, err := sysSend(s.fd, b)
+	if n, err = p.sent(i, n, err); err == nil && n < len(b) {
+		s.writable = false
+	}
+	return n, err
+}
+
+// sent books that a side has taken n octets, or why not.
+func (p *pair) sent(i, n int, err error) (int, error) {
+	s := &p.sides[i]
 	switch {
 	case err == unix.EAGAIN:
 		s.writable = false // an edge tells when it is again
@@ -253,9 +294,6 @@ func (p *pair) send(i int, b []byte) (int, error) {
 		}
 		p.breakSide(i, err)
 		return 0, nil
-	}
-	if n < len(b) {
-		s.writable = false
 	}
 	if i == containerSide {
 		p.countIn(n)
@@ -289,6 +327,7 @@ func (p *pair) finish(err error) {
 	for i := range p.sides {
 		s := &p.sides[i]
 		p.w.loop.rests.drop(&s.rest)
+		p.unplug(s)
 		if err == nil {
 			sysClose(s.fd)
 		} else {

@@ -535,3 +535,33 @@ func (f *fullListener) accept(t *testing.T) {
 		}
 	}
 }
+
+// A read stops before an urgent octet, and what follows it makes no edge of its own.
+func TestSmallReadsPassUrgentOctets(t *testing.T) {
+	l, _ := running(t)
+	e := newMemoryEnd()
+	fd, peer := hostPair(t)
+	if _, err := l.Join(e, fd, Options{}); err != nil {
+		t.Fatal(err)
+	}
+	raw, err := peer.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	send := func(s string, flags int) {
+		t.Helper()
+		var serr error
+		if err := raw.Control(func(fd uintptr) { serr = unix.Sendto(int(fd), []byte(s), flags, nil) }); err != nil || serr != nil {
+			t.Fatal(err, serr)
+		}
+	}
+	send("one ", 0) // is asked for, and makes small reads of the next
+	e.until(t, "the first is there", func() bool { return string(e.received) == "one " })
+	e.mu.Lock() // the worker waits with this one, so that the next come at once
+	send("two ", 0)
+	send("before", 0)
+	send("!", unix.MSG_OOB)
+	send("after", 0)
+	e.mu.Unlock()
+	e.until(t, "all is there", func() bool { return string(e.received) == "one two before!after" })
+}

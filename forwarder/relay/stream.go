@@ -41,7 +41,7 @@ type stream struct {
 	hostEvents uint32 // of epoll, since the last pump
 	readable   bool   // the socket may have octets or its end
 	writable   bool   // the socket may take octets
-	hangup     bool   // the socket's peer has sent FIN: read until the end shows
+	thorough   bool   // a short read does not tell that there is no more: FIN or an urgent octet has come
 	outDone    bool   // container → host: FIN passed on
 	inDone     bool   // host → container: FIN passed on
 	small      bool   // the last read found less than smallRead octets
@@ -82,7 +82,7 @@ func (s *stream) pump() {
 		s.hostEvents = 0
 		s.readable = s.readable || ev&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0
 		s.writable = s.writable || ev&unix.EPOLLOUT != 0
-		s.hangup = s.hangup || ev&(unix.EPOLLRDHUP|unix.EPOLLHUP) != 0
+		s.thorough = s.thorough || ev&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLPRI) != 0
 		if ev&unix.EPOLLERR != 0 {
 			s.breakHost(socketError(s.fd))
 		}
@@ -120,7 +120,7 @@ func (s *stream) pump() {
 // breakHost notes that the host's end is no more, but for what there is to read of it.
 func (s *stream) breakHost(err error) {
 	if err != nil && s.broken == nil {
-		s.broken, s.outDone, s.readable, s.hangup = err, true, true, true
+		s.broken, s.outDone, s.readable, s.thorough = err, true, true, true
 	}
 }
 
@@ -201,7 +201,7 @@ func (s *stream) inbound() (more bool, err error) {
 		if err != nil || took == 0 {
 			return false, err
 		}
-		if took == n && !s.hangup {
+		if took == n && !s.thorough {
 			s.readable = false // what comes later is a new edge
 		}
 	}
@@ -244,7 +244,7 @@ func (s *stream) readSmall() error {
 	}
 	if n == len(b) {
 		s.small = false
-	} else if !s.hangup {
+	} else if !s.thorough {
 		s.readable = false
 	}
 	s.w.little = b[:n]

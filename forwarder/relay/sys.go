@@ -33,14 +33,18 @@ func sysRead(fd int, p []byte) (int, error) {
 	return rawCall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)))
 }
 
-// sysQueued is how many octets a socket has to read.
-func sysQueued(fd int) (int, error) {
+// sysAsk is an ioctl that writes an int. Its address becomes a number in the system call's own arguments: n lies on
+// the stack, which a Go function on the way there might move.
+func sysAsk(fd int, request uintptr) (int, error) {
 	var n int32
-	if _, err := rawCall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCINQ, uintptr(unsafe.Pointer(&n))); err != nil {
-		return 0, os.NewSyscallError("ioctl SIOCINQ", err)
+	if _, _, e := unix.RawSyscall(unix.SYS_IOCTL, uintptr(fd), request, uintptr(unsafe.Pointer(&n))); e != 0 {
+		return 0, os.NewSyscallError("ioctl", e)
 	}
 	return int(n), nil
 }
+
+// sysQueued is how many octets a socket has to read.
+func sysQueued(fd int) (int, error) { return sysAsk(fd, unix.SIOCINQ) }
 
 // sysPeek reads one octet and leaves it there: 0 is the end of the stream.
 func sysPeek(fd int) (int, error) {
@@ -85,13 +89,7 @@ func sysSend(fd int, p []byte) (int, error) {
 }
 
 // sysUnsent is how many octets a socket's peer has not acknowledged.
-func sysUnsent(fd int) (int, error) {
-	var n int32
-	if _, err := rawCall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCOUTQ, uintptr(unsafe.Pointer(&n))); err != nil {
-		return 0, os.NewSyscallError("ioctl SIOCOUTQ", err)
-	}
-	return int(n), nil
-}
+func sysUnsent(fd int) (int, error) { return sysAsk(fd, unix.SIOCOUTQ) }
 
 // sysAccept returns a non-blocking close-on-exec socket, and writes up to *size octets of its peer's address.
 func sysAccept(fd int, from *unix.RawSockaddrAny, size *uint32) (int, error) {

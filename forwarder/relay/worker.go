@@ -48,12 +48,14 @@ type worker struct {
 	shared  []byte     // see buffer
 	polled  [maxEvents]unix.EpollEvent
 	iov     []unix.Iovec
-	cur     *stream                     // being pumped, where it is one
-	hostErr error                       // what the host's socket said during cur's Drain or Fill
-	write   func([][]byte) (int, error) // cur's writeHost and readHost, made once
-	read    func([]byte) (int, error)
-	little  []byte                    // what give gives
-	give    func([]byte) (int, error) // giveLittle, made once
+
+	conduits conduits
+	cur      *stream                     // being pumped, where it is one
+	hostErr  error                       // what the host's socket said during cur's Drain or Fill
+	write    func([][]byte) (int, error) // cur's writeHost and readHost, made once
+	read     func([]byte) (int, error)
+	little   []byte                    // what give gives
+	give     func([]byte) (int, error) // giveLittle, made once
 
 	wake chan struct{} // tells serve that the queue is not empty
 
@@ -88,6 +90,7 @@ func (w *worker) close() {
 		return
 	}
 	w.stopped, w.closed = true, true
+	w.conduits.close()
 	_ = w.epoll.Close()
 }
 
