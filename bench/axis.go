@@ -60,8 +60,12 @@ const (
 	idleFlows = 2000
 	// steadyRate is one that every peer can be expected to carry without loss, in datagrams a second.
 	steadyRate = 10000
-	// settle is how long a process is left alone before its memory is read.
-	settle = 300 * time.Millisecond
+	// settle is how long a process is left alone before its memory is read, and settleIdle how long before it counts as
+	// idle: what only its start needed is given back by then, if ever.
+	settle     = 300 * time.Millisecond
+	settleIdle = 5 * time.Second
+	// warmConns are opened before the others are counted, so that these do not pay for the code that all share.
+	warmConns = 16
 )
 
 var axes = func() []*axis {
@@ -266,7 +270,7 @@ func udpAxis(kind string, r route, way string, size, rate int) *axis {
 // measureMemory reads a peer's memory before and while conversations are open.
 func measureMemory(op string, count int, per metric) func(context.Context, *contender, time.Duration) (map[string]float64, error) {
 	return func(ctx context.Context, c *contender, _ time.Duration) (map[string]float64, error) {
-		idle, err := rssAfter(ctx, c, settle)
+		idle, err := rssAfter(ctx, c, settleIdle)
 		if err != nil {
 			return nil, err
 		}
@@ -274,15 +278,25 @@ func measureMemory(op string, count int, per metric) func(context.Context, *cont
 		if err != nil {
 			return nil, err
 		}
-		held := c.client.start(op, holdParams{To: netip.AddrPortFrom(c.addr, echoPorts[0]), Count: count})
-		if err := held.waitReady(ctx); err != nil {
+		with := func(count int) (int64, error) {
+			held := c.client.start(op, holdParams{To: netip.AddrPortFrom(c.addr, echoPorts[0]), Count: count})
+			if err := held.waitReady(ctx); err != nil {
+				return 0, err
+			}
+			rss, err := rssAfter(ctx, c, settle)
+			return rss, errors.Join(err, held.release(ctx))
+		}
+		warm, err := with(warmConns)
+		if err != nil {
 			return nil, err
 		}
-		loaded, err := rssAfter(ctx, c, settle)
-		if err := errors.Join(err, held.release(ctx)); err != nil {
+		loaded, err := with(count)
+		if err != nil {
 			return nil, err
 		}
-		return map[string]float64{idleMiB.unit: float64(idle) / (1 << 20), pssMiB.unit: shared / (1 << 20), per.unit: float64(loaded-idle) / 1024 / float64(count)}, nil
+		return map[string]float64{
+			idleMiB.unit: float64(idle) / (1 << 20), pssMiB.unit: shared / (1 << 20), per.unit: float64(loaded-warm) / 1024 / float64(count-warmConns),
+		}, nil
 	}
 }
 

@@ -153,7 +153,7 @@ func measureMany(ctx context.Context, c *contender, _ time.Duration) (map[string
 	if c.manage == nil {
 		return map[string]float64{addSeconds.unit: c.instance.ready.Seconds()}, manyListen()
 	}
-	idle, err := rssAfter(ctx, c, settle)
+	idle, err := rssAfter(ctx, c, settleIdle)
 	if err != nil {
 		return nil, err
 	}

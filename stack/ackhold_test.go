@@ -32,6 +32,9 @@ func segment(v6 bool, port uint16, ack uint32, flags byte, options, payload int)
 	binary.BigEndian.PutUint16(t[2:], port)
 	binary.BigEndian.PutUint32(t[8:], ack)
 	t[12], t[13] = byte((20+options)/4)<<4, flags
+	if options == 12 {
+		copy(t[20:], []byte{1, 1, 8, 10}) // NOP, NOP, timestamps
+	}
 	return append(append(make([]byte, HeaderLen+ethernetLen), ip...), t...)
 }
 

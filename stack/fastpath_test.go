@@ -62,6 +62,9 @@ func tcpFrame(t *testing.T, src, dst string, extra, hlen, payload int) *frame {
 	binary.BigEndian.PutUint16(l4[0:], a.Port())
 	binary.BigEndian.PutUint16(l4[2:], b.Port())
 	l4[12] = byte(hlen / 4 << 4)
+	if hlen == 32 {
+		copy(l4[20:], []byte{1, 1, header.TCPOptionTS, 10})
+	}
 	f := &frame{head: h}
 	if !f.parse() {
 		t.Fatal("a frame of the test's is malformed")
