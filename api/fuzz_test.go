@@ -69,11 +69,11 @@ func FuzzSlirp(f *testing.F) {
 		ports.reset()
 		name, err := json.Marshal(execute)
 		if err != nil {
-			t.Skip()
+			return // nothing that the invariant speaks of
 		}
 		sent := fmt.Appendf(nil, `{"execute":%s,"arguments":%s}`, name, arguments)
 		if len(sent) >= 4096 {
-			t.Skip()
+			return // nothing that the invariant speaks of
 		}
 		c := dial(t, path)
 		defer c.Close()
@@ -135,7 +135,7 @@ func FuzzBodies(f *testing.F) {
 	path, _ := serve(f, ports)
 	f.Fuzz(func(t *testing.T, body string) {
 		if len(body) > 1<<16 {
-			t.Skip()
+			return // nothing that the invariant speaks of
 		}
 		for url, statuses := range map[string][]int{
 			"/v1/usernet/forwards": {http.StatusCreated, 400, 403, 409, 413, 503}, "/v1/ports": {http.StatusCreated, 400},

@@ -1,7 +1,7 @@
 // Package portdriver publishes ports of the container on the host.
 //
 //	                             ┌─ kernel: socket of the container's namespace ─ lo ─ server
-//	client ─ listener ─ conn ────┤                                             (relay copies)
+//	client ─ listener ─ conn ────┤                                             (relay)
 //	                             └─ stack: netstack ─ TAP ─ server
 //	client ─ UDP socket ─ forwarder ┬ TAP ─ server
 //	                                └ a socket of the namespace ─ server          where that is on its loopback alone

@@ -103,7 +103,7 @@ func newFlags(run bool) *flags {
 	g = f.group("Ports")
 	g.StringArrayVarP(&f.publish, "publish", "p", nil, "publish a port of the container's on the host by a `SPEC`, may be repeated: [ADDR:]PORT[-END]:[ADDR:]PORT[-END][/PROTO], the host's "+
 		"side first, PROTO tcp unless it is tcp4, tcp6, udp, udp4 or udp6; PORT alone is the same on both sides, host port 0 any; PATH:PORT for a unix socket; [ADDR:]auto[:PORT[-END]|^PORT[-END],...][/PROTO] for whatever listens inside, ^ leaves ports out")
-	g.StringVar(&f.portPath, "port-path", portdriver.PathAuto, "data `PATH` of published TCP: kernel copies between sockets of host and container, stack passes the TAP, auto takes the kernel's where it can be had")
+	g.StringVar(&f.portPath, "port-path", portdriver.PathAuto, "data `PATH` of published TCP: kernel goes from socket to socket of host and container, stack passes the TAP, auto takes the kernel's where it can be had")
 	g.StringVar(&f.apiSocket, "api-socket", "", "`FILE` of the control socket, or none (default: usernet/PID.sock in $XDG_RUNTIME_DIR)")
 	g.BoolVar(&f.pprof, "pprof", false, "profiles of usernet itself on the control socket, below /v1/usernet/debug/pprof/")
 

@@ -91,16 +91,7 @@ func (c *conduit) close() {
 // sysSplice moves at most n octets and never waits. Where the socket's peer has gone it raises SIGPIPE, which the
 // runtime ignores for sockets.
 func sysSplice(from, to, n int) (int, error) {
-	for {
-		r, _, e := unix.RawSyscall6(unix.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, uintptr(n), unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
-		switch e {
-		case 0:
-			return int(r), nil
-		case unix.EINTR:
-		default:
-			return -1, e
-		}
-	}
+	return rawCall6(unix.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, uintptr(n), unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
 }
 
 // pour is move for a busy direction.

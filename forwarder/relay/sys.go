@@ -12,9 +12,11 @@ import (
 // away and keeps sysmon awake, at a fifth of the time of short connections on two cores.
 // None of these waits for anything.
 
-func rawCall(trap, a1, a2, a3 uintptr) (int, error) {
+func rawCall(trap, a1, a2, a3 uintptr) (int, error) { return rawCall6(trap, a1, a2, a3, 0, 0, 0) }
+
+func rawCall6(trap, a1, a2, a3, a4, a5, a6 uintptr) (int, error) {
 	for {
-		r, _, e := unix.RawSyscall(trap, a1, a2, a3)
+		r, _, e := unix.RawSyscall6(trap, a1, a2, a3, a4, a5, a6)
 		switch e {
 		case 0:
 			return int(r), nil
