@@ -23,6 +23,9 @@ const (
 	// they have less than 64 MiB (fs.pipe-user-pages-soft). The connections beyond them are copied.
 	maxConduits = 16
 
+	// filesPerConduit: of a few files none are to be missing for connections.
+	filesPerConduit = 64
+
 	// maxSpare are kept open for the next.
 	maxSpare = 2
 
@@ -38,7 +41,16 @@ const (
 type conduits struct {
 	spare   []*conduit
 	lent    atomic.Int32 // what else is here only the worker touches
-	refused bool         // the host gives none
+	most    int32
+	refused bool // the host gives none
+}
+
+func newConduits() conduits {
+	var r unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &r) != nil {
+		return conduits{}
+	}
+	return conduits{most: int32(min(r.Cur/filesPerConduit, maxConduits))}
 }
 
 // lend returns an empty conduit, or nil.
@@ -49,7 +61,7 @@ func (cs *conduits) lend() *conduit {
 		cs.lent.Add(1)
 		return c
 	}
-	if cs.refused || cs.lent.Load() >= maxConduits {
+	if cs.refused || cs.lent.Load() >= cs.most {
 		return nil
 	}
 	var p [2]int

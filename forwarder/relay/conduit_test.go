@@ -169,7 +169,7 @@ func TestConduitUrgent(t *testing.T) {
 
 // More busy directions than there are conduits are copied.
 func TestConduitsEnd(t *testing.T) {
-	cs := conduits{}
+	cs := conduits{most: maxConduits}
 	var all []*conduit
 	for range maxConduits {
 		c := cs.lend()

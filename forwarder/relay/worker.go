@@ -78,6 +78,7 @@ func newWorker(l *Loop) (*worker, error) {
 	w := &worker{
 		loop: l, epoll: epoll, wake: make(chan struct{}, 1),
 		jobs: make(map[uint64]*entry), dials: make(map[uint64]chan struct{}),
+		conduits: newConduits(),
 	}
 	w.write, w.read, w.give = w.writeHost, w.readHost, w.giveLittle
 	return w, nil
