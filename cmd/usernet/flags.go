@@ -166,7 +166,8 @@ func (f *flags) parse(args []string) (*options, error) {
 // options checks what stands for itself and fills what both forms share.
 func (f *flags) options() (*options, error) {
 	o := &options{
-		mtu: f.mtu, configure: f.configure, queues: f.queues, noOffload: f.noOffload, noUSO: f.noUSO,
+		tapFD: -1,
+		mtu:   f.mtu, configure: f.configure, queues: f.queues, noOffload: f.noOffload, noUSO: f.noUSO,
 		hostLoopback: f.hostLoopback,
 		dns:          !f.noDNS, readyFD: f.readyFD, exitFD: f.exitFD, pidFile: f.pidFile,
 		logFormat: f.logFormat, pcap: f.pcap, pcapSize: int64(f.pcapSize), sandbox: !f.noSandbox,

@@ -35,6 +35,10 @@ type options struct {
 	path       string
 	usernsPath string // "" asks the kernel
 
+	// In the place of a namespace, as slirp4netns's dialect alone has it: no namespace is opened, and none is watched.
+	tapFD int    // the TAP, open already, by an inherited descriptor; -1: none
+	bess  string // path of a SOCK_SEQPACKET listener, one frame to a message; "": none
+
 	question *question // for cmdAsk
 
 	// argv of the command to run, for cmdRun; never empty then.

@@ -62,6 +62,7 @@ func TestParse(t *testing.T) {
 			t.Fatal(err)
 		}
 		o := &options{
+			tapFD:   -1,
 			tapName: "tap0", mtu: 65520, configure: true, queues: 1, plan: p, dns: true,
 			readyFD: -1, exitFD: -1, logLevel: slog.LevelInfo, logFormat: "text", pcapSize: 100 << 20, sandbox: true,
 			portPath: portdriver.PathAuto,
