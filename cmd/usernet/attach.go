@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -47,6 +48,7 @@ func attach(o *options, log *slog.Logger) (err error) {
 	err = goEach(ctx,
 		func(ctx context.Context) error {
 			return e.run(ctx, func() error {
+				fmt.Print(o.banner)
 				if err := sayReady(given.ready); err != nil {
 					log.Warn("nobody listens on --ready-fd", "error", err)
 				}
@@ -81,6 +83,9 @@ type inheritedFiles struct{ ready, exit *os.File }
 // takeInherited comes before anything else is opened: a number that nobody gave to us must not
 // turn out to be a file of ours.
 func takeInherited(o *options) (given inheritedFiles, err error) {
+	if o.looseFDs {
+		return takeLoose(o)
+	}
 	if o.readyFD >= 0 {
 		if given.ready, err = inherited("ready-fd", o.readyFD); err != nil {
 			return given, err

@@ -242,7 +242,7 @@ func (e *engine) names() map[string][]netip.Addr {
 func (e *engine) stackConfig() (stack.Config, error) {
 	o, p := e.o, e.o.plan
 	c := stack.Config{
-		MTU: e.tap.MTU(), MAC: p.gatewayMAC(),
+		MTU: e.mtu(), MAC: p.gatewayMAC(),
 		Gateway4: withLen(p.gateway4, p.net4), Gateway6: withLen(p.gateway6, p.net6),
 		Extra:     valid(p.dns4, p.dns6, p.host6),
 		MaxDials:  e.forward.MaxDials(),
@@ -250,7 +250,7 @@ func (e *engine) stackConfig() (stack.Config, error) {
 		LinkLocal: p.linkLocal,
 		Log:       e.log,
 	}
-	d := dhcp.Config{Subnet: p.net4, Gateway: p.gateway4, Client: p.container4, MTU: e.tap.MTU(), Search: e.search()}
+	d := dhcp.Config{Subnet: p.net4, Gateway: p.gateway4, Client: p.container4, MTU: e.mtu(), Search: e.search()}
 	if o.dns {
 		d.DNS = p.dns4
 	}
@@ -262,13 +262,22 @@ func (e *engine) stackConfig() (stack.Config, error) {
 		return leases.Handle(request, time.Now())
 	}
 	if p.net6.IsValid() {
-		r := ra.Config{Prefix: p.net6, MTU: e.tap.MTU(), Search: e.search(), LinkAddr: [6]byte(p.gatewayMAC())}
+		r := ra.Config{Prefix: p.net6, MTU: e.mtu(), Search: e.search(), LinkAddr: [6]byte(p.gatewayMAC())}
 		if o.dns {
 			r.DNS = []netip.Addr{p.dns6}
 		}
 		c.Advertisement, c.AdvertInterval, c.IsSolicitation = ra.Advertisement(r), ra.Interval, ra.IsSolicitation
 	}
 	return c, nil
+}
+
+// mtu is what the container's packets may measure, in octets. Of an interface that its maker has yet to configure,
+// who starts us says it: rootlesskit gives it to its TAP only when we are ready.
+func (e *engine) mtu() int {
+	if e.o.mtuAgreed && !e.o.configure {
+		return e.o.mtu
+	}
+	return e.tap.MTU()
 }
 
 // listen opens the resolver's ports.

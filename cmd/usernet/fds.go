@@ -38,6 +38,52 @@ func inherited(flag string, fd int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), "--"+flag+" "+strconv.Itoa(fd)), nil
 }
 
+// takeLoose takes descriptors as slirp4netns does. What the ready descriptor cannot do is nobody's mistake: only who
+// waits there would know. The exit descriptor must be one, or else we would never end, or at once.
+func takeLoose(o *options) (given inheritedFiles, err error) {
+	if o.readyFD >= 0 {
+		if given.ready, err = looseReady(o.readyFD); err != nil {
+			return given, err
+		}
+	}
+	if o.exitFD < 0 {
+		return given, nil
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(o.exitFD, &st); err != nil || st.Mode&unix.S_IFMT == 0 {
+		return given, fmt.Errorf("exit-fd %d is not open: give the reading end of a pipe, whose other end is closed to end us", o.exitFD)
+	}
+	unix.CloseOnExec(o.exitFD)
+	given.exit = os.NewFile(uintptr(o.exitFD), "exit-fd "+strconv.Itoa(o.exitFD))
+	return given, nil
+}
+
+// looseReady returns nil for what is not open, or was opened by our own runtime.
+func looseReady(fd int) (*os.File, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT == 0 {
+		return nil, nil
+	}
+	name := "ready-fd " + strconv.Itoa(fd)
+	if fd > 2 {
+		unix.CloseOnExec(fd)
+		return os.NewFile(uintptr(fd), name), nil
+	}
+	// It will be closed, and then the next file of ours would be standard error, say, and get the log.
+	ours, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, os.NewSyscallError("fcntl(F_DUPFD_CLOEXEC)", err)
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err == nil {
+		err = errors.Join(os.NewSyscallError("dup3", unix.Dup3(int(null.Fd()), fd, 0)), null.Close())
+	}
+	if err != nil {
+		return nil, errors.Join(err, unix.Close(ours))
+	}
+	return os.NewFile(uintptr(ours), name), nil
+}
+
 // sayReady writes "1" and closes. Whoever has stopped waiting is no reason to end.
 func sayReady(f *os.File) error {
 	if f == nil {

@@ -35,6 +35,9 @@ func main() {
 		os.Exit(guardMain())
 	}
 	setProcs()
+	if argv, is := slirpArgv(os.Args); is {
+		os.Exit(slirp(argv))
+	}
 	os.Exit(usernet(os.Args[1:]))
 }
 

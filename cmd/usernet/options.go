@@ -45,7 +45,8 @@ type options struct {
 	argv []string
 
 	tapName   string
-	mtu       int // IP MTU, octets
+	mtu       int  // IP MTU, octets
+	mtuAgreed bool // with configure off: whoever configures the interface gives it this MTU, whatever it has now
 	mac       net.HardwareAddr
 	configure bool
 	queues    int
@@ -65,7 +66,9 @@ type options struct {
 	dns       bool
 	upstreams []netip.AddrPort // empty: those of the host's resolv.conf
 
-	readyFD, exitFD int // -1: none
+	readyFD, exitFD int    // -1: none
+	looseFDs        bool   // as slirp4netns takes them: 0, 1 and 2 too, and a readyFD that cannot be used is nobody's mistake
+	banner          string // printed on standard output when all works
 	pidFile         string
 
 	logLevel  slog.Level

@@ -60,8 +60,9 @@ var layers = map[string]rule{
 	"network":    {ours: []string{"tap/...", "stack", "portdriver"}, outside: []string{xsys}},
 
 	// It is the wiring, so it sees everything of ours, but not what the others hide.
+	"cmd/usernet/slirp4netns": {},
 	"cmd/usernet": {
-		ours:    []string{"tap/...", "stack/...", "forwarder/...", "portdriver", "api/...", "network"},
+		ours:    []string{"cmd/usernet/slirp4netns", "tap/...", "stack/...", "forwarder/...", "portdriver", "api/...", "network"},
 		outside: []string{"github.com/spf13/pflag", xsync, xsys, netlink, "github.com/elastic/go-seccomp-bpf/...", "github.com/prometheus/client_golang/..."},
 	},
 	"bench": {ours: []string{"tap/...", "stack", "forwarder/..."}, outside: []string{xsys, "gonum.org/v1/plot/..."}},

@@ -1,0 +1,102 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"usernet/cmd/usernet/slirp4netns"
+	"usernet/forwarder"
+	"usernet/portdriver"
+)
+
+// slirpName is the name by which usernet speaks slirp4netns's command line: as that of the program, or as its first argument.
+const slirpName = "slirp4netns"
+
+// slirpArgv is what slirp4netns's main would see, if this is to be slirp4netns.
+func slirpArgv(argv []string) ([]string, bool) {
+	switch {
+	case filepath.Base(argv[0]) == slirpName:
+		return argv, true
+	case len(argv) > 1 && argv[1] == slirpName:
+		return argv[1:], true
+	}
+	return nil, false
+}
+
+// slirp is the dialect's main: other words for the options of attach. It returns the exit status.
+func slirp(argv []string) int {
+	s, err := slirp4netns.Parse(argv, exists)
+	if err != nil {
+		if text := err.Error(); text != "" {
+			fmt.Fprintln(os.Stderr, text)
+		}
+		var e *slirp4netns.Error
+		if errors.As(err, &e) && e.Usage {
+			fmt.Print(slirp4netns.HelpText(argv[0]))
+		}
+		return statusFailure
+	}
+	switch s.Command {
+	case slirp4netns.Help:
+		fmt.Print(slirp4netns.HelpText(argv[0]))
+		return 0
+	case slirp4netns.Version:
+		fmt.Print(slirp4netns.VersionText(ourVersion()))
+		return 0
+	}
+	o, err := slirpOptions(s)
+	if err == nil {
+		log := newLog(o)
+		for _, w := range s.Warnings {
+			log.Warn(w)
+		}
+		err = attach(o, log)
+	}
+	if err != nil {
+		fmt.Fprint(os.Stderr, s.Failure(err))
+		return statusFailure
+	}
+	return 0
+}
+
+func exists(path string) error {
+	_, err := os.Stat(path)
+	return err
+}
+
+// slirpOptions says the same in usernet's own terms.
+func slirpOptions(s *slirp4netns.Options) (*options, error) {
+	o := &options{
+		command: cmdAttach, pid: s.PID, path: s.Path, usernsPath: s.UsernsPath, tapFD: s.TapFD, bess: s.Bess,
+		tapName: s.TapName, mtu: s.MTU, mtuAgreed: true, mac: s.MAC, configure: s.Configure, queues: 1,
+		hostLoopback: !s.DisableLoopback,
+		portPath:     portdriver.PathAuto, apiSocket: or(s.APISocket, apiNone),
+		dns:     !s.DisableDNS,
+		readyFD: s.ReadyFD, exitFD: s.ExitFD, looseFDs: true,
+		logLevel: slog.LevelWarn, logFormat: "text",
+		sandbox: true, // --enable-sandbox and --enable-seccomp ask for less than what there is anyway
+	}
+	var err error
+	if o.outbound, err = forwarder.ParseOutbound(s.Outbound4, s.Outbound6); err != nil {
+		return nil, err
+	}
+	// Not every MTU that slirp4netns takes can carry IPv6; those who turn it on as a matter of course get the other family.
+	ipv6 := s.IPv6 && s.MTU >= minMTU6
+	if s.IPv6 && !ipv6 {
+		s.Warnings = append(s.Warnings, fmt.Sprintf("no IPv6: it needs an MTU of at least %d octets", minMTU6))
+	}
+	if o.plan, err = newPlan(s.CIDR.String(), defaultCIDR6, ipv6); err != nil {
+		return nil, err
+	}
+	if err := checkTAPName(o.tapName); err != nil {
+		return nil, err
+	}
+	o.banner = s.Banner(slirp4netns.Plan{
+		Network: o.plan.net4, Gateway: o.plan.gateway4, DNS: o.plan.dns4, Container: o.plan.container4,
+		LeaseBegin: offset(o.plan.net4, 15), LeaseEnd: offset(o.plan.net4, 30),
+	})
+	return o, nil
+}
