@@ -11,7 +11,8 @@
 // belongs to the whole process and so cannot be changed for a moment without changing it for others, is left alone. It
 // can only take bits away. bind and rename would do too, but leave the private name in getsockname and ss.
 //
-// The directory is what is locked as it is there already: a lock file of its own would be left behind by SIGKILL.
+// The directory is what is locked as it is there already: a lock file of its own would be left behind by SIGKILL. There is one
+// only where somebody else keeps a shared lock on the directory: see lockBeside.
 package sockfile
 
 import (
@@ -38,6 +39,9 @@ const (
 	// EAGAIN. Clients come in swarms when a host starts its containers; the kernel cuts this to net.core.somaxconn.
 	backlog = 4096
 
+	// lockName is the file of lockBeside, in the directory.
+	lockName = ".usernet.lock"
+
 	// maxSweep names are looked at for each start, so that it takes no longer where thousands run.
 	maxSweep = 4096
 )
@@ -47,6 +51,7 @@ const (
 type File struct {
 	path     string
 	dir      *os.File
+	beside   *os.File // the locked file of lockBeside, while it is needed
 	base     string
 	dev, ino uint64
 	born     unix.Timespec // some file systems give an inode's number to the next file
@@ -130,12 +135,15 @@ func socket() (int, error) {
 func (f *File) lock(patience time.Duration) error {
 	for end := time.Now().Add(patience); ; time.Sleep(2 * time.Millisecond) {
 		err := unix.Flock(int(f.dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = f.lockBeside()
+		}
 		switch {
 		case err == nil:
 			return nil
 		case errors.Is(err, unix.EINTR):
 		case !errors.Is(err, unix.EWOULDBLOCK):
-			return failed("", fmt.Errorf("lock %s: %w (the file system has no locks: choose another directory)", f.dir.Name(), err))
+			return failed("", fmt.Errorf("lock %s: %w (choose a directory that is yours alone, on a file system that has locks)", f.dir.Name(), err))
 		case !time.Now().Before(end):
 			return &Error{Errno: unix.EBUSY,
 				Err: fmt.Errorf("lock %s: another process has held it for %v: choose a directory that is yours alone", f.dir.Name(), patience)}
@@ -143,7 +151,52 @@ func (f *File) lock(patience time.Duration) error {
 	}
 }
 
-func (f *File) unlock() { _ = unix.Flock(int(f.dir.Fd()), unix.LOCK_UN) }
+// lockBeside locks a directory on which somebody keeps a shared lock for long. That is how programs tell systemd-tmpfiles to leave
+// a directory of theirs in /tmp alone (tmpfiles.d(5)), and rootlesskit, which wants our socket there, is one. With a shared
+// lock of our own nobody gets the exclusive one, and a file keeps out those who come this way too. It is removed
+// while it is locked; SIGKILL in that moment leaves it for the next who comes. EWOULDBLOCK: another starter is at work.
+func (f *File) lockBeside() (err error) {
+	dir := int(f.dir.Fd())
+	if err := unix.Flock(dir, unix.LOCK_SH|unix.LOCK_NB); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = unix.Flock(dir, unix.LOCK_UN)
+		}
+	}()
+	fd, err := unix.Openat(dir, lockName, unix.O_RDONLY|unix.O_CREAT|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: lockName, Err: err}
+	}
+	file := os.NewFile(uintptr(fd), lockName)
+	defer func() {
+		if err != nil {
+			file.Close()
+		}
+	}()
+	if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return err
+	}
+	var ours, named unix.Stat_t
+	if err := unix.Fstat(fd, &ours); err != nil {
+		return os.NewSyscallError("fstat", err)
+	}
+	if unix.Fstatat(dir, lockName, &named, unix.AT_SYMLINK_NOFOLLOW) != nil || named.Ino != ours.Ino || named.Dev != ours.Dev {
+		return unix.EWOULDBLOCK // it was removed between open and flock, and locks nothing any more
+	}
+	f.beside = file
+	return nil
+}
+
+func (f *File) unlock() {
+	if f.beside != nil {
+		_ = unix.Unlinkat(int(f.dir.Fd()), lockName, 0)
+		f.beside.Close()
+		f.beside = nil
+	}
+	_ = unix.Flock(int(f.dir.Fd()), unix.LOCK_UN)
+}
 
 // stat looks at what has the name now.
 func (f *File) stat() (st unix.Stat_t, err error) {
@@ -256,13 +309,15 @@ func Sweep(dir string, which func(name string) bool) {
 	}
 	defer d.Close()
 	names, _ := d.Readdirnames(maxSweep)
+	guard := &File{dir: d}
+	defer guard.unlock()
 	locked := false
 	for _, name := range names {
 		if !which(name) {
 			continue
 		}
 		f := &File{path: filepath.Join(dir, name), dir: d, base: name}
-		if locked = locked || f.lock(0) == nil; !locked {
+		if locked = locked || guard.lock(0) == nil; !locked {
 			return // another one starts, and sweeps
 		}
 		_ = f.clear() // one that is live stays

@@ -243,39 +243,79 @@ func TestPathsThatCannotBe(t *testing.T) {
 // Many start at once where a dead socket lies: one gets it, and it is the one that clients reach.
 func TestStartersMeet(t *testing.T) {
 	for range 20 {
+		startersMeet(t, socketPath(t))
+	}
+}
+
+// rootlesskit keeps a shared lock on its state directory, where it wants the socket of its network. That is no other starter.
+func TestStartersMeetInDirectoryWithSharedLock(t *testing.T) {
+	for range 20 {
 		path := socketPath(t)
-		dead(t, path)
-		servers := make([]*server, 8)
-		start := make(chan struct{})
-		var wg sync.WaitGroup
-		for i := range servers {
-			wg.Go(func() {
-				<-start
-				s, err := listen(path)
-				if err != nil && !errors.Is(err, unix.EADDRINUSE) {
-					t.Error(err)
-				}
-				servers[i] = s
-			})
+		holder := openDir(t, filepath.Dir(path))
+		if err := unix.Flock(int(holder.dir.Fd()), unix.LOCK_SH); err != nil {
+			t.Fatal(err)
 		}
-		close(start)
-		wg.Wait()
-		won := 0
-		for _, s := range servers {
-			if s == nil {
-				continue
-			}
-			won++
-			if !s.meet(t, path) {
-				t.Error("somebody else is reached")
-			}
-			if err := s.Close(); err != nil {
+		startersMeet(t, path)
+		if left, err := os.ReadDir(filepath.Dir(path)); err != nil || len(left) > 0 {
+			t.Errorf("left behind: %v %v", left, err)
+		}
+	}
+}
+
+// A starter that was killed in a directory with somebody's shared lock leaves its lock file, which stops nobody.
+func TestLockFileLeftBehind(t *testing.T) {
+	path := socketPath(t)
+	holder := openDir(t, filepath.Dir(path))
+	left := filepath.Join(filepath.Dir(path), lockName)
+	if err := errors.Join(unix.Flock(int(holder.dir.Fd()), unix.LOCK_SH), os.WriteFile(left, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	s, err := listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(left); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("it is still there: %v", err)
+	}
+}
+
+// startersMeet has many start at once at a path where a dead socket lies.
+func startersMeet(t *testing.T, path string) {
+	t.Helper()
+	dead(t, path)
+	servers := make([]*server, 8)
+	start := make(chan struct{})
+	var wg sync.WaitGroup
+	for i := range servers {
+		wg.Go(func() {
+			<-start
+			s, err := listen(path)
+			if err != nil && !errors.Is(err, unix.EADDRINUSE) {
 				t.Error(err)
 			}
+			servers[i] = s
+		})
+	}
+	close(start)
+	wg.Wait()
+	won := 0
+	for _, s := range servers {
+		if s == nil {
+			continue
 		}
-		if won != 1 {
-			t.Fatalf("%d have the socket", won)
+		won++
+		if !s.meet(t, path) {
+			t.Error("somebody else is reached")
 		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if won != 1 {
+		t.Fatalf("%d have the socket", won)
 	}
 }
 
