@@ -53,7 +53,7 @@ func (r *opened) look(nl *netlink.Handle, name string) error {
 	if err != nil {
 		return fmt.Errorf("interface %s: %w", name, err)
 	}
-	r.MTU, r.MAC = link.Attrs().MTU, link.Attrs().HardwareAddr
+	r.MTU, r.MAC, r.Up = link.Attrs().MTU, link.Attrs().HardwareAddr, link.Attrs().Flags&net.FlagUp != 0
 	addrs, err := nl.AddrList(link, netlink.FAMILY_ALL)
 	if err != nil {
 		return fmt.Errorf("interface %s: its addresses: %w", name, err)

@@ -15,7 +15,8 @@ import (
 
 // A Device is an attached TAP. Its queues may be closed before it.
 type Device struct {
-	ns     *netns.NS
+	ns     *netns.NS // nil: it came by its descriptor
+	found  found     // as it came then
 	name   string
 	is     opened
 	queues []*Queue
@@ -89,8 +90,7 @@ func (d *Device) MAC() net.HardwareAddr { return d.is.MAC }
 // Addrs are the interface's addresses, except IPv6 link-local ones, as they were found or set.
 func (d *Device) Addrs() []netip.Prefix { return d.is.Addrs }
 
-// Close is the clean end: the queues are closed, and the interface is removed, except one that someone else
-// made, which is left as a program without offloads expects it.
+// Close is the clean end: the queues are closed, and the interface is removed, except one that X
 func (d *Device) Close() error { return d.end(true) }
 
 // Detach closes the queues and leaves the interface to whoever comes after, with addresses and routes.
@@ -98,7 +98,11 @@ func (d *Device) Detach() error { return d.end(false) }
 
 func (d *Device) end(clean bool) error {
 	d.once.Do(func() {
-		if clean && d.control >= 0 {
+		switch {
+		case d.control < 0 || !clean:
+		case d.ns == nil:
+			d.err = d.giveBack()
+		default:
 			d.err = d.say(unix.TUNSETOFFLOAD)
 			if d.is.Ours {
 				d.err = errors.Join(d.err, d.say(unix.TUNSETPERSIST))
@@ -108,9 +112,14 @@ func (d *Device) end(clean bool) error {
 			d.err = errors.Join(d.err, q.Close())
 		}
 		if d.control >= 0 {
+			if d.found.blocking { // the mode is shared with whoever passed the descriptor on
+				d.err = errors.Join(d.err, unix.SetNonblock(d.control, false))
+			}
 			unix.Close(d.control)
 		}
-		d.err = errors.Join(d.err, d.ns.Unlock())
+		if d.ns != nil {
+			d.err = errors.Join(d.err, d.ns.Unlock())
+		}
 	})
 	return d.err
 }

@@ -21,7 +21,9 @@ import (
 const opOpen = "tap.open"
 
 // Ops are what this package does inside; a program adds them to the table of its helper.
-func Ops() netns.Ops { return netns.Ops{opOpen: netns.Handle(openInside)} }
+func Ops() netns.Ops {
+	return netns.Ops{opOpen: netns.Handle(openInside), opLook: netns.Handle(lookInside)}
+}
 
 // An interface's alias tells whose it is ("ip link" shows it), for no flag of a TAP does: one that
 // usernet made goes when usernet ends, one of another's stays. The first value means that
@@ -40,6 +42,7 @@ type opened struct {
 	MAC      net.HardwareAddr
 	Adopted  bool
 	Ours     bool
+	Up       bool
 	Header   bool
 	Offloads uint32
 	Addrs    []netip.Prefix

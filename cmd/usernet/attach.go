@@ -83,6 +83,11 @@ type inheritedFiles struct{ ready, exit *os.File }
 // takeInherited comes before anything else is opened: a number that nobody gave to us must not
 // turn out to be a file of ours.
 func takeInherited(o *options) (given inheritedFiles, err error) {
+	if o.tapFD >= 0 {
+		if err := takeTAP(o); err != nil {
+			return given, err
+		}
+	}
 	if o.looseFDs {
 		return takeLoose(o)
 	}

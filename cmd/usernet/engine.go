@@ -20,28 +20,27 @@ import (
 	"usernet/stack/dhcp"
 	"usernet/stack/dns"
 	"usernet/stack/ra"
-	"usernet/tap"
 	"usernet/tap/capture"
 	"usernet/tap/inside"
 	"usernet/tap/netns"
 )
 
-// An engine is the network of one namespace, put together:
+// An engine is the network of one container, put together:
 //
-//	namespace → TAP → (capture) → stack → forwarder → the host's sockets
-//	                                  ├─→ resolver
-//	                                  └─← published ports ← control socket (see ports.go)
+//	namespace → link → (capture) → stack → forwarder → the host's sockets
+//	                                   ├─→ resolver
+//	                                   └─← published ports ← control socket (see ports.go)
 //
 // openEngine opens all that needs rights and starts nothing; run is its life; close takes it down.
 //
 // At the end the services go first, so that their connections are reset while the stack can still say so
-// to the container; then the stack, which closes the devices; then the TAP.
+// to the container; then the stack, which closes the devices; then the link, usually a TAP.
 type engine struct {
 	o   *options
 	log *slog.Logger
 
-	ns      *netns.NS
-	tap     *tap.Device
+	ns      *netns.NS // nil: the container is known by its device alone, see link
+	link    *link
 	capture *capture.Writer // nil: none
 	forward *forwarder.Forwarder
 	stack   *stack.Stack
@@ -70,12 +69,14 @@ func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.L
 	if err != nil {
 		log.Warn("fewer flows than there could be", "error", err)
 	}
-	where.Helper = o.wantsKit() // it makes sockets inside as long as we live
-	if e.ns, err = netns.Open(where); err != nil {
-		return nil, err
-	}
-	if err := notOurs(e.ns); err != nil {
-		return nil, err
+	if o.inNamespace() {
+		where.Helper = o.wantsKit() // it makes sockets inside as long as we live
+		if e.ns, err = netns.Open(where); err != nil {
+			return nil, err
+		}
+		if err := notOurs(e.ns); err != nil {
+			return nil, err
+		}
 	}
 	devices, err := e.openDevices(ctx)
 	if err != nil {
@@ -84,7 +85,7 @@ func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.L
 	if o.wantsKit() {
 		e.openKit(ctx, files)
 	}
-	if e.kit == nil {
+	if e.ns != nil && e.kit == nil {
 		if err := e.ns.Rest(); err != nil { // all that is left to do is done through the TAP's descriptor
 			return nil, fmt.Errorf("end the helper: %w", err)
 		}
@@ -103,12 +104,10 @@ func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.L
 		return nil, err
 	}
 	e.forward.Bind(e.stack)
-	var queues []int
-	for _, q := range e.tap.Queues() {
-		queues = append(queues, q.FD())
-	}
-	if err := e.forward.Linger(queues...); err != nil {
-		return nil, err
+	if len(e.link.fds) > 0 {
+		if err := e.forward.Linger(e.link.fds...); err != nil {
+			return nil, err
+		}
 	}
 	if err := e.listen(); err != nil {
 		return nil, err
@@ -140,32 +139,20 @@ func notOurs(ns *netns.NS) error {
 	return nil
 }
 
-// openDevices makes or adopts the TAP and puts the capture around it.
-func (e *engine) openDevices(ctx context.Context) ([]stack.Device, error) {
-	o, p := e.o, e.o.plan
-	var err error
-	e.tap, err = tap.Open(ctx, e.ns, tap.Config{
-		Name: o.tapName, MTU: o.mtu, MAC: o.mac, Queues: o.queues, Configure: o.configure,
-		NoOffload: o.noOffload, NoUSO: o.noUSO,
-		IPv4: withLen(p.container4, p.net4), Gateway4: p.gateway4,
-		IPv6: withLen(p.container6, p.net6), Gateway6: p.gateway6,
-		Log: e.log,
-	})
-	if err != nil {
+// openDevices opens the link and puts the capture around its devices.
+func (e *engine) openDevices(ctx context.Context) (_ []stack.Device, err error) {
+	if e.link, err = e.openLink(ctx); err != nil {
 		return nil, err
 	}
-	if o.pcap != "" {
-		if err := e.openCapture(); err != nil {
-			return nil, err
-		}
+	if e.o.pcap == "" {
+		return e.link.devices, nil
+	}
+	if err := e.openCapture(); err != nil {
+		return nil, err
 	}
 	var devices []stack.Device
-	for _, q := range e.tap.Queues() {
-		if e.capture != nil {
-			devices = append(devices, e.capture.Around(q))
-		} else {
-			devices = append(devices, q)
-		}
+	for _, d := range e.link.devices {
+		devices = append(devices, e.capture.Around(d))
 	}
 	return devices, nil
 }
@@ -176,7 +163,7 @@ func (e *engine) openCapture() error {
 	if err != nil {
 		return fmt.Errorf("--pcap: %w", err)
 	}
-	e.capture, err = capture.New(capture.Config{File: f, Interface: e.o.tapName, Limit: e.o.pcapSize, Log: e.log})
+	e.capture, err = capture.New(capture.Config{File: f, Interface: e.link.name, Limit: e.o.pcapSize, Log: e.log})
 	if err != nil {
 		return errors.Join(fmt.Errorf("--pcap: %w", err), f.Close())
 	}
@@ -274,10 +261,10 @@ func (e *engine) stackConfig() (stack.Config, error) {
 // mtu is what the container's packets may measure, in octets. Of an interface that its maker has yet to configure,
 // who starts us says it: rootlesskit gives it to its TAP only when we are ready.
 func (e *engine) mtu() int {
-	if e.o.mtuAgreed && !e.o.configure {
+	if e.ns != nil && e.o.mtuAgreed && !e.o.configure {
 		return e.o.mtu
 	}
-	return e.tap.MTU()
+	return e.link.mtu
 }
 
 // listen opens the resolver's ports.
@@ -310,12 +297,17 @@ func (e *engine) run(ctx context.Context, ready func() error) error {
 
 	stackEnded := make(chan error, 1)
 	go func() {
-		stackEnded <- e.stack.Run(below)
+		stackEnded <- e.link.ended(e.stack.Run(below))
 		stopServices()
 	}()
 	parts := []func(context.Context) error{
 		e.forward.Run,
-		func(context.Context) error { return ready() },
+		func(ctx context.Context) error {
+			if !e.link.wait(ctx) {
+				return nil
+			}
+			return ready()
+		},
 	}
 	if e.server != nil {
 		parts = append(parts, func(ctx context.Context) error { return e.server.Serve(ctx, e.pcs, e.lns) })
@@ -345,6 +337,9 @@ func (e *engine) settle(ctx context.Context) error {
 
 // endWithNamespace returns an ending when the namespace is gone.
 func (e *engine) endWithNamespace(ctx context.Context) error {
+	if e.ns == nil {
+		return nil
+	}
 	switch err := e.ns.Watch(ctx); {
 	case ctx.Err() != nil:
 		return nil
@@ -354,14 +349,14 @@ func (e *engine) endWithNamespace(ctx context.Context) error {
 	return ending{e.ns.String() + " is gone"}
 }
 
-// close removes the TAP and lets go of the namespace. It comes after run, or in its place.
+// close closes the link and lets go of the namespace. It comes after run, or in its place.
 func (e *engine) close() error {
 	errs := []error{e.closePorts()}
 	if e.forward != nil {
 		errs = append(errs, e.forward.Close())
 	}
-	if e.tap != nil {
-		errs = append(errs, e.tap.Close())
+	if e.link != nil {
+		errs = append(errs, e.link.close())
 	}
 	if e.capture != nil {
 		errs = append(errs, e.capture.Close())
@@ -383,6 +378,9 @@ func (e *engine) confinement(pid *pidFile) confinement {
 	}
 	if pid != nil {
 		c.removeDirs = []*os.File{pid.dir}
+	}
+	if e.link.dir != nil {
+		c.removeDirs = append(c.removeDirs, e.link.dir)
 	}
 	if e.control != nil {
 		c.removeDirs = append(c.removeDirs, e.control.Dir())

@@ -40,7 +40,7 @@ func (o *options) wantsPorts() bool {
 // wantsKit tells whether sockets inside the namespace may be needed: for the kernel path, and
 // to see who listens there.
 func (o *options) wantsKit() bool {
-	return o.wantsPorts() && (o.portPath != portdriver.PathStack || len(o.auto) > 0)
+	return o.inNamespace() && o.wantsPorts() && (o.portPath != portdriver.PathStack || len(o.auto) > 0)
 }
 
 // openKit has the helper make what the kernel path needs. Without it ports take the stack's path.
@@ -72,6 +72,9 @@ func confineHelper(context.Context, struct{}) (struct{}, []*os.File, error) {
 // openPorts publishes what -p names.
 func (e *engine) openPorts(ctx context.Context, files int) error {
 	o, p := e.o, e.o.plan
+	if e.ns == nil {
+		e.whyNoKernel = errors.New("usernet has a device of the container and not its namespace")
+	}
 	config := portdriver.Config{
 		Loop: e.forward.Relay(), Kit: e.kit, WhyNoKernel: e.whyNoKernel,
 		Stack: stackDialer{e.stack}, UDP: udpPublisher{e.forward},
@@ -133,8 +136,8 @@ func (e *engine) info(where netns.Config) func() api.Info {
 		Version: ourVersion(), Started: time.Now(),
 		Namespace: where.Path, ContainerPID: where.PID,
 		Interface: api.Interface{
-			Name: e.tap.Name(), MTU: e.tap.MTU(), MAC: e.tap.MAC().String(),
-			Queues: len(e.tap.Queues()), Offloads: offloads(e.tap.Queues()[0].Offloads()),
+			Name: e.link.name, MTU: e.link.mtu, MAC: e.link.mac.String(),
+			Queues: len(e.link.devices), Offloads: offloads(e.link.devices[0].Offloads()),
 		},
 		Sandbox: o.sandbox && !cgoEnabled,
 	}

@@ -92,6 +92,7 @@ func rules(c confinement) []rule {
 	for _, request := range []int{
 		unix.TIOCINQ, unix.TIOCOUTQ, // sockets: what lies in their buffers
 		unix.TUNGETIFF, unix.TUNSETOFFLOAD, unix.TUNSETPERSIST, unix.TUNSETQUEUE, // the TAP's end
+		unix.TUNSETVNETHDRSZ, unix.TUNSETVNETLE, // of one that is given back
 		unix.SIOCGIFINDEX, unix.SIOCGIFNAME, // --outbound-addr=INTERFACE, zones
 	} {
 		r = append(r, rule{"ioctl", []seccomp.Condition{equal(1, request)}})

@@ -36,7 +36,7 @@ const (
 // The table of docs/architecture.md says the same in words.
 var layers = map[string]rule{
 	"tap/netns":   {outside: []string{xsys}, tests: []string{"tap/taptest", netlink}},
-	"tap":         {ours: []string{"tap/netns"}, outside: []string{xsys, water, netlink}, tests: []string{"tap/taptest"}},
+	"tap":         {ours: []string{"tap/netns", "portdriver/sockfile"}, outside: []string{xsys, water, netlink}, tests: []string{"tap/taptest"}},
 	"tap/inside":  {ours: []string{"tap/netns"}, outside: []string{xsys, netlink, "github.com/google/nftables/..."}, tests: []string{"tap/taptest"}},
 	"tap/bridge":  {ours: []string{"tap", "tap/netns"}, outside: []string{xsys, netlink, "github.com/google/nftables/..."}, tests: []string{"tap/taptest"}},
 	"tap/capture": {ours: []string{"tap/netns"}, outside: []string{xsys, pcap}, tests: []string{"tap/taptest"}},

@@ -80,12 +80,19 @@ func failed(call string, err error) *Error {
 // place is replaced; a live one, somebody else's, and any other file is an *Error. path begins with / or ./, is taken as it is,
 // and leads to a directory that can be read, too, for its lock. fd is the caller's, and so is the File, which is removed
 // before fd is closed.
-func Listen(path string) (f *File, fd int, err error) {
+func Listen(path string) (f *File, fd int, err error) { return listenAs(path, unix.SOCK_STREAM) }
+
+// ListenSeqpacket is Listen for a socket of type SOCK_SEQPACKET, which keeps the borders of messages.
+func ListenSeqpacket(path string) (f *File, fd int, err error) {
+	return listenAs(path, unix.SOCK_SEQPACKET)
+}
+
+func listenAs(path string, kind int) (f *File, fd int, err error) {
 	if len(path) > MaxPath {
 		return nil, -1, &Error{Errno: unix.ENAMETOOLONG,
 			Err: fmt.Errorf("%s has %d octets, and the name of a socket at most %d: choose a shorter one", path, len(path), MaxPath)}
 	}
-	fd, err = socket()
+	fd, err = socket(kind)
 	if err != nil {
 		return nil, -1, err
 	}
@@ -123,8 +130,8 @@ func Listen(path string) (f *File, fd int, err error) {
 	return f, fd, f.bind(fd)
 }
 
-func socket() (int, error) {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+func socket(kind int) (int, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, kind|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return -1, failed("socket", os.NewSyscallError("socket", err))
 	}
@@ -237,7 +244,7 @@ func (f *File) clear() error {
 
 // dead returns an error unless nobody listens at the socket.
 func (f *File) dead() error {
-	fd, err := socket()
+	fd, err := socket(unix.SOCK_STREAM) // the kernel looks whether there is a listener before it looks at its type
 	if err != nil {
 		return err
 	}
