@@ -91,12 +91,34 @@ func identify(fd int) (name string, flags uint16, err error) {
 		return "", 0, fmt.Errorf("it is no TAP (TUNGETIFF): %w", err)
 	case flags&unix.IFF_TAP == 0:
 		return "", 0, fmt.Errorf("interface %s is a TUN and no TAP: make it with IFF_TAP: %w", name, unix.EINVAL)
-	case flags&unix.IFF_NO_PI == 0:
-		return "", 0, fmt.Errorf("interface %s puts packet information before each frame: make it with IFF_NO_PI: %w", name, unix.EINVAL)
 	case flags&unix.IFF_DETACH_QUEUE != 0:
 		return "", 0, fmt.Errorf("interface %s: this queue is detached: TUNSETQUEUE with IFF_ATTACH_QUEUE comes first: %w", name, unix.EINVAL)
 	}
+	if pi, err := packetInfo(fd, req); err != nil {
+		return "", 0, fmt.Errorf("interface %s: %w", name, err)
+	} else if pi {
+		return "", 0, fmt.Errorf("interface %s puts packet information before each frame: make it with IFF_NO_PI: %w", name, unix.EINVAL)
+	}
 	return name, flags, nil
+}
+
+// packetInfo tells whether four octets precede each frame. TUNGETIFF gives one bit two meanings, IFF_NO_PI and
+// IFF_NOFILTER, "this queue has no socket filter" (drivers/net/tun.c). So the queue gets one, for the moment of
+// asking, that lets everything pass; whoever has one already has the answer.
+func packetInfo(fd int, req *unix.Ifreq) (bool, error) {
+	if req.Uint16()&unix.IFF_NO_PI == 0 {
+		return true, nil
+	}
+	pass := unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: 1<<32 - 1}
+	program := unix.SockFprog{Len: 1, Filter: &pass}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.TUNATTACHFILTER, uintptr(unsafe.Pointer(&program))); errno != 0 {
+		return false, nil // it is more likely to be as it should than not
+	}
+	err := unix.IoctlIfreq(fd, unix.TUNGETIFF, req)
+	if derr := unix.IoctlSetInt(fd, unix.TUNDETACHFILTER, 0); derr != nil {
+		return false, fmt.Errorf("take a filter away again (TUNDETACHFILTER): %w", derr)
+	}
+	return err == nil && req.Uint16()&unix.IFF_NO_PI == 0, nil
 }
 
 func find(fd int, name string, header bool) (f found, err error) {

@@ -65,16 +65,23 @@ func (q *Queue) Read(vec [][]byte) (int, error) {
 		return 0, os.ErrClosed
 	}
 	defer q.gate.leave()
-	if q.header {
-		return transfer(unix.SYS_READV, q.fd, vec, 0)
+	skip := 0
+	if !q.header {
+		clear(vec[0][:headerLen])
+		skip = headerLen
 	}
-	clear(vec[0][:headerLen])
-	n, err := transfer(unix.SYS_READV, q.fd, vec, headerLen)
-	if err != nil {
-		return 0, err
+	n, err := transfer(unix.SYS_READV, q.fd, vec, skip)
+	switch {
+	case err == nil:
+		return n + skip, nil
+	case errors.Is(err, unix.EBADFD):
+		return 0, errDeleted
 	}
-	return n + headerLen, nil
+	return 0, err
 }
+
+// errDeleted is what is left to say of a queue whose interface is gone, be it alone or with its namespace.
+var errDeleted = fmt.Errorf("the TAP was deleted: %w", unix.ENODEV)
 
 // Write is stack.Device's.
 func (q *Queue) Write(vec [][]byte) error {
@@ -155,7 +162,7 @@ func (q *Queue) readable(uintptr) bool {
 	case n == 0:
 		return false
 	case q.polls[0].Revents&unix.POLLIN == 0:
-		q.pollErr = fmt.Errorf("the TAP was deleted: %w", unix.ENODEV)
+		q.pollErr = errDeleted
 	}
 	return true
 }

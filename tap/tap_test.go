@@ -26,6 +26,7 @@ var inside = netns.Ops{
 	"udp":     netns.Handle(udp),
 	"foreign": netns.Handle(foreign),
 	"change":  netns.Handle(change),
+	"adopt":   netns.Handle(adopt),
 	"sysctl": netns.Handle(func(_ context.Context, set [2]string) (struct{}, []*os.File, error) {
 		return struct{}{}, nil, os.WriteFile("/proc/sys/net/"+set[0], []byte(set[1]), 0)
 	}),
@@ -171,6 +172,7 @@ type wish struct {
 	Name, Addr, Alias string
 	MTU               int
 	Delete, DropRoute bool
+	Up                bool
 }
 
 func change(_ context.Context, w wish) (struct{}, []*os.File, error) {
@@ -188,6 +190,9 @@ func change(_ context.Context, w wish) (struct{}, []*os.File, error) {
 	}
 	if err == nil && w.MTU != 0 {
 		err = nl.LinkSetMTU(link, w.MTU)
+	}
+	if err == nil && w.Up {
+		err = nl.LinkSetUp(link)
 	}
 	if err == nil && w.Alias != "" {
 		err = nl.LinkSetAlias(link, w.Alias)
