@@ -19,7 +19,9 @@ const opLook = "tap.look"
 
 // FDConfig says how to take a TAP that somebody has opened already.
 type FDConfig struct {
-	MTU int // of the interface, in octets, where we may not ask for it; 0 means DefaultMTU
+	// MTU is the interface's, in octets, where we may not ask for it, or where it is down, so that whoever configures
+	// it has yet to come. 0 means DefaultMTU.
+	MTU int
 
 	NoOffload bool // no super-segments, also where there is a virtio-net header
 	NoUSO     bool
@@ -175,8 +177,8 @@ func (d *Device) ask(ctx context.Context, fd int) {
 	}
 	defer ns.Close()
 	var is opened
-	if _, err := ns.Call(ctx, Ops(), opLook, d.name, &is); err == nil {
-		d.is.MTU, d.is.MAC, d.is.Addrs = is.MTU, is.MAC, is.Addrs
+	if _, err := ns.Call(ctx, Ops(), opLook, d.name, &is); err == nil && is.Up {
+		d.is.MTU, d.is.Addrs = is.MTU, is.Addrs
 	}
 }
 

@@ -127,6 +127,25 @@ func TestFromFD(t *testing.T) {
 	}
 }
 
+// The MTU of an interface that is down is what it was born with, and not what it will have.
+func TestFromFDBeforeItIsUp(t *testing.T) {
+	n := newNS(t)
+	files := call(t, n, "foreign", foreigner{Name: "tap0", Flags: plainTAP, Hold: true}, nil)
+	fd, err := unix.Dup(int(files[0].Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := fromFD(t, fd, tap.FDConfig{MTU: 9000}); d.MTU() != 9000 {
+		t.Errorf("MTU %d, want 9000", d.MTU())
+	}
+	if fd, err = unix.Dup(int(files[0].Fd())); err != nil {
+		t.Fatal(err)
+	}
+	if d := fromFD(t, fd, tap.FDConfig{}); d.MTU() != tap.DefaultMTU {
+		t.Errorf("MTU %d, want %d", d.MTU(), tap.DefaultMTU)
+	}
+}
+
 // Whoever may not enter the namespace goes by what he was told.
 func TestFromFDWithoutRights(t *testing.T) {
 	taptest.NeedTUN(t)
