@@ -3,7 +3,6 @@ package stack
 import (
 	"runtime"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -66,33 +65,6 @@ func TestLinger(t *testing.T) {
 	signal(t, a)
 	if !l.wait(check) || order != "ab" || !ran || checks != 3 {
 		t.Errorf("served %q, goroutine %v, %d checks; want a, then b, then the device", order, ran, checks)
-	}
-}
-
-// Events that come soon are looked for without sleeping, once there have been some, and no more after some that did not.
-func TestLingerSpinsWhereItPays(t *testing.T) {
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
-	l := newLingerer(&fdDevice{fd: eventfd(t)}, []Source{{FD: eventfd(t), Serve: func() {}}})
-	if l.spins(time.Now()) {
-		t.Error("spins before anything has happened")
-	}
-	for range 8 {
-		l.note(true)
-	}
-	now := time.Now()
-	if !l.spins(now) {
-		t.Errorf("does not spin after eight short waits: %d of 256", l.short)
-	}
-	l.pause = now.Add(time.Millisecond)
-	if l.spins(now) || !l.spins(now.Add(2*time.Millisecond)) {
-		t.Error("a pause is not kept, or for ever")
-	}
-	l.pause = time.Time{}
-	for range 4 {
-		l.wait(func() {}) // to its end: nothing happens
-	}
-	if l.spins(time.Now()) {
-		t.Errorf("spins after four long waits: %d of 256", l.short)
 	}
 }
 

@@ -85,11 +85,11 @@ func (r *reader) run() error {
 			if r.near == nil {
 				break
 			}
-			at := r.near.slept
+			at := r.near.waiter.Slept()
 			if !r.near.wait(r.acks.check) {
 				break
 			}
-			r.single = r.single && r.near.slept != at
+			r.single = r.single && r.near.waiter.Slept() != at
 		}
 		r.acks.rest()
 		r.tcp.rest()

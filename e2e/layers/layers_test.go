@@ -45,10 +45,11 @@ var layers = map[string]rule{
 	"stack":      {outside: []string{gvisor, xsys}, tests: []string{"tap/taptest", dns, xnet}},
 	"stack/dns":  {outside: []string{dns, xnet, xsys}},
 	"stack/dhcp": {outside: []string{dhcp, pcap}, tests: []string{xsys}},
+	"stack/spin": {outside: []string{xsys}},
 	"stack/ra":   {outside: []string{pcap, xnet}, tests: []string{xsys, "tap/taptest"}},
 
 	"forwarder":           {ours: []string{"stack", "forwarder/relay"}, outside: []string{xsys, xnet, xsync}, tests: []string{"tap/taptest"}},
-	"forwarder/relay":     {outside: []string{xsys}, tests: []string{"tap/taptest"}},
+	"forwarder/relay":     {ours: []string{"stack/spin"}, outside: []string{xsys}, tests: []string{"tap/taptest"}},
 	"portdriver/sockfile": {outside: []string{xsys}, tests: []string{"tap/taptest"}},
 	"portdriver": {
 		ours: []string{"portdriver/sockfile", "forwarder/relay", "tap/inside"}, outside: []string{xsys, "github.com/rootless-containers/rootlesskit/v3/pkg/port/..."},

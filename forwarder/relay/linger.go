@@ -50,6 +50,11 @@ func (l *Loop) Linger(others ...int) error {
 	return nil
 }
 
+// lookFor is what linger waits by.
+func (w *worker) lookFor(timeout time.Duration) (int, error) {
+	return sysEpollWait(w.epoll.fd, w.events[:], int(timeout/time.Millisecond))
+}
+
 // linger pumps for events for as long as they come one soon after another.
 func (w *worker) linger() error {
 	if w.loop.others == 0 {
@@ -63,7 +68,7 @@ func (w *worker) linger() error {
 		// put us, and nobody else has run.
 		runtime.Gosched()
 		runtime.Gosched()
-		n, err := sysEpollWait(w.epoll.fd, w.events[:], int(lingering/time.Millisecond))
+		n, err := w.waiter.Wait(lingering, w.look)
 		if n == 0 || err != nil {
 			return nil // Wait says what is wrong
 		}

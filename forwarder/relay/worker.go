@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"usernet/stack/spin"
 )
 
 // maxEvents is how many events of the host's sockets are taken at once.
@@ -42,7 +44,9 @@ func (e *entry) enqueue() { e.w.enqueue(e) }
 type worker struct {
 	loop   *Loop
 	epoll  *Epoll
-	events [maxEvents]unix.EpollEvent // watch's
+	events [maxEvents]unix.EpollEvent // watch's, and the next two
+	waiter spin.Waiter
+	look   func(time.Duration) (int, error) // lookFor, made once
 
 	pumping sync.Mutex // held while a job is pumped; guards the following
 	shared  []byte     // see buffer
@@ -80,7 +84,7 @@ func newWorker(l *Loop) (*worker, error) {
 		jobs: make(map[uint64]*entry), dials: make(map[uint64]chan struct{}),
 		conduits: newConduits(),
 	}
-	w.write, w.read, w.give = w.writeHost, w.readHost, w.giveLittle
+	w.write, w.read, w.give, w.look = w.writeHost, w.readHost, w.giveLittle, w.lookFor
 	return w, nil
 }
 
