@@ -42,7 +42,7 @@ var layers = map[string]rule{
 	"tap/capture": {ours: []string{"tap/netns"}, outside: []string{xsys, pcap}, tests: []string{"tap/taptest"}},
 	"tap/taptest": {ours: []string{"tap/netns"}, outside: []string{xsys}, tests: []string{netlink}},
 
-	"stack":      {outside: []string{gvisor, xsys}, tests: []string{"tap/taptest", dns, xnet}},
+	"stack":      {ours: []string{"stack/spin"}, outside: []string{gvisor, xsys}, tests: []string{"tap/taptest", dns, xnet}},
 	"stack/dns":  {outside: []string{dns, xnet, xsys}},
 	"stack/dhcp": {outside: []string{dhcp, pcap}, tests: []string{xsys}},
 	"stack/spin": {outside: []string{xsys}},
