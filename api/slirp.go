@@ -22,7 +22,8 @@ import (
 //	{"execute":"list_hostfwd"}
 //
 // Its answers are its own to the octet, and clients compare some. Where it crashes (no proto), lies (port 70000, the reason of a
-// failure), blocks (on a client that says nothing) or misreads (a request in two pieces), we do not.
+// failure), blocks (on a client that says nothing) or misreads (a request in two pieces), we do not. Its addresses are IPv4;
+// ours may be IPv6 on either side.
 
 const (
 	// maxSlirp octets and more are "too large", as there.
@@ -205,8 +206,8 @@ func (s *Server) executeSlirp(ctx context.Context, request map[string]any) (any,
 	return nil, errSlirp("unknown execute")
 }
 
-// slirpSpec reads the arguments of add_hostfwd. The error is the name of the first that is wrong. slirp4netns knows IPv4 alone,
-// so what listens everywhere listens at 0.0.0.0.
+// slirpSpec reads the arguments of add_hostfwd. The error is the name of the first that is wrong. slirp4netns's clients
+// expect that what listens everywhere listens at 0.0.0.0.
 func slirpSpec(arguments map[string]any) (portdriver.Spec, error) {
 	spec := portdriver.Spec{Host: netip.IPv4Unspecified()}
 	var ok bool
@@ -228,14 +229,14 @@ func slirpSpec(arguments map[string]any) (portdriver.Spec, error) {
 	return spec, nil
 }
 
-// slirpAddr reads an IPv4 address; none and "" mean otherwise.
+// slirpAddr reads an address; none and "" mean otherwise.
 func slirpAddr(v any, otherwise netip.Addr) (netip.Addr, bool) {
 	text, isText := v.(string)
 	if v == nil || isText && text == "" {
 		return otherwise, true
 	}
 	a, err := netip.ParseAddr(text)
-	return a, isText && err == nil && a.Is4()
+	return a, isText && err == nil && !a.Is4In6()
 }
 
 func slirpPort(v any) (uint16, bool) {
@@ -252,27 +253,38 @@ func integer(v any) (int, bool) {
 	return int(f), true
 }
 
-// slirpEntries are the forwards that the dialect can tell of: from an IPv4 address, or all of them, and a port.
+// slirpEntries are the forwards that the dialect can tell of: from an address, or all of them, and a port.
 func (s *Server) slirpEntries() []slirpEntry {
 	entries := []slirpEntry{}
 	if s.cfg.Ports == nil {
 		return entries
 	}
-	var own netip.Addr
-	if v4 := s.cfg.Info().IPv4; v4 != nil {
-		own = v4.Container.Addr()
+	var own4, own6 netip.Addr
+	info := s.cfg.Info()
+	if info.IPv4 != nil {
+		own4 = info.IPv4.Container.Addr()
+		own6 = own4 // a client that speaks IPv6 gets there, too
+	}
+	if info.IPv6 != nil {
+		own6 = info.IPv6.Container.Addr()
 	}
 	for _, f := range s.cfg.Ports.List() {
-		proto := strings.TrimSuffix(f.Spec.Proto, "4")
+		if f.Spec.HostPath != "" {
+			continue
+		}
+		proto := strings.TrimRight(f.Spec.Proto, "46")
 		host, guest := f.Spec.Host, f.Spec.Container
 		if !host.IsValid() {
 			host = netip.IPv4Unspecified()
+			if strings.HasSuffix(f.Spec.Proto, "6") {
+				host = netip.IPv6Unspecified()
+			}
 		}
 		if !guest.IsValid() {
-			guest = own
-		}
-		if f.Spec.HostPath != "" || proto != "tcp" && proto != "udp" || !host.Is4() || !guest.Is4() {
-			continue
+			guest = own4
+			if host.Is6() {
+				guest = own6
+			}
 		}
 		entries = append(entries, slirpEntry{f.ID, proto, host.String(), f.Spec.HostPort, guest.String(), f.Spec.ContainerPort})
 	}

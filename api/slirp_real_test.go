@@ -74,8 +74,8 @@ func TestSlirpAnswersAsTheRealOne(t *testing.T) {
 	for i, request := range []string{
 		add(), remove(1), remove(1), add("proto", "udp"), remove(2), add("guest_addr", ""), remove(3), add("guest_addr", "none") + "\n", remove(4),
 		remove("5"), remove(99), remove(nil), `{"execute":"remove_hostfwd"}`,
-		add("proto", "sctp"), add("proto", "tcp6"), add("proto", ""), add("host_addr", "x"), add("host_addr", "::1"), add("host_addr", "0127.0.0.1"),
-		add("host_addr", "127.1"), add("host_port", 0), add("host_port", "none"), add("host_port", "80"), add("guest_addr", "x"), add("guest_addr", "::1"),
+		add("proto", "sctp"), add("proto", "tcp6"), add("proto", ""), add("host_addr", "x"), add("host_addr", "0127.0.0.1"),
+		add("host_addr", "127.1"), add("host_port", 0), add("host_port", "none"), add("host_port", "80"), add("guest_addr", "x"), add("guest_addr", "::ffff:1.2.3.4"),
 		add("guest_port", 0), add("guest_port", "none"), add("guest_port", "80"),
 		``, `hello`, `"x"`, `17`, `null`, `true`, `[]`, `[1]`, `{}`, `{"execute":1}`, `{"execute":null}`, `{"EXECUTE":"x"}`, `{"execute":"dance"}`,
 		`{"execute":"dance"} trailing`, "\n\t {\"execute\":\"dance\"}", `{"execute":"dance",}`, `{'execute':1}`, `{"execute":"dance","execute":"dance"}`,

@@ -55,7 +55,9 @@ func TestSlirp(t *testing.T) {
 		{"no arguments", `{"execute":"add_hostfwd"}`, bad("add_hostfwd: bad arguments.proto")},
 		{"arguments are a list", `{"execute":"add_hostfwd","arguments":[1]}`, bad("add_hostfwd: bad arguments.proto")},
 		{"host name", addWith(`{"host_addr":"localhost"}`), bad("add_hostfwd: bad arguments.host_addr")},
-		{"IPv6 host", addWith(`{"host_addr":"::1"}`), bad("add_hostfwd: bad arguments.host_addr")},
+		{"IPv6 host", addWith(`{"host_addr":"::1","guest_addr":""}`), `{"return":{"id":6}}`},                          // better: refused there
+		{"IPv6 guest", addWith(`{"host_addr":"::1","host_port":9001,"guest_addr":"fd00::1"}`), `{"return":{"id":7}}`}, // better: refused there
+		{"IPv4 in IPv6", addWith(`{"host_addr":"::ffff:127.0.0.1"}`), bad("add_hostfwd: bad arguments.host_addr")},
 		{"host number", addWith(`{"host_addr":7}`), bad("add_hostfwd: bad arguments.host_addr")}, // better: is 0.0.0.0 there
 		{"no port", addWith(`{"host_port":"none"}`), bad("add_hostfwd: bad arguments.host_port")},
 		{"port 0", addWith(`{"host_port":0}`), bad("add_hostfwd: bad arguments.host_port")},
@@ -64,7 +66,7 @@ func TestSlirp(t *testing.T) {
 		{"port -1", addWith(`{"host_port":-1}`), bad("add_hostfwd: bad arguments.host_port")},       // better: taken there
 		{"port 1e99", addWith(`{"host_port":1e99}`), bad("add_hostfwd: bad arguments.host_port")},
 		{"guest name", addWith(`{"guest_addr":"x"}`), bad("add_hostfwd: bad arguments.guest_addr")},
-		{"guest IPv6", addWith(`{"guest_addr":"fd00::1"}`), bad("add_hostfwd: bad arguments.guest_addr")},
+		{"guest IPv4 in IPv6", addWith(`{"guest_addr":"::ffff:10.0.2.100"}`), bad("add_hostfwd: bad arguments.guest_addr")},
 		{"guest port", addWith(`{"guest_port":65536}`), bad("add_hostfwd: bad arguments.guest_port")},
 		{"privileged", addWith(`{"host_port":1}`), bad("add_hostfwd: slirp_add_hostfwd failed: listen tcp :1: bind: permission denied: ports below 1024 are privileged here")},
 		{"order of checks", addWith(`{"proto":"x","host_addr":"x","guest_port":0}`), bad("add_hostfwd: bad arguments.proto")},
@@ -155,7 +157,9 @@ func TestSlirpListsWhatItCan(t *testing.T) {
 	for _, e := range got.Return.Entries {
 		lines = append(lines, fmt.Sprintf("%v %v %v:%v %v:%v", e["id"], e["proto"], e["host_addr"], e["host_port"], e["guest_addr"], e["guest_port"]))
 	}
-	want := []string{"1 tcp 0.0.0.0:10 10.0.2.100:1", "3 udp 127.0.0.1:12 10.0.2.7:1"}
+	want := []string{
+		"1 tcp 0.0.0.0:10 10.0.2.100:1", "2 tcp :::11 fd00::100:1", "3 udp 127.0.0.1:12 10.0.2.7:1", "4 tcp ::1:13 fd00::100:1", "6 tcp 0.0.0.0:14 fd00::7:1",
+	}
 	if !slices.Equal(lines, want) {
 		t.Errorf("%q, want %q", lines, want)
 	}

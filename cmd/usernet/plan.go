@@ -38,26 +38,29 @@ var hostAlias4 = netip.AddrFrom4([4]byte{169, 254, 1, 2})
 // newPlan computes the plan from the two prefixes. It refuses a prefix that is too long for
 // container and DNS to fit, that has host bits, or whose addresses mean something else.
 func newPlan(cidr, cidr6 string, ipv6 bool) (plan, error) {
-	var p plan
+	var net4, net6 netip.Prefix
 	var err error
-	if p.net4, err = parsePrefix("--cidr", cidr, 4, 8, 25); err != nil {
+	if net4, err = parsePrefix("--cidr", cidr, 4, 8, 25); err == nil && ipv6 {
+		net6, err = parsePrefix("--cidr6", cidr6, 6, 16, 112)
+	}
+	if err != nil {
 		return plan{}, err
 	}
+	return planOf(net4, net6), nil
+}
+
+// planOf gives each its address in networks that have been looked at. net6 may be the zero Prefix.
+func planOf(net4, net6 netip.Prefix) plan {
+	p := plan{net4: net4, net6: net6}
 	p.gateway4, p.dns4, p.container4 = offset(p.net4, 2), offset(p.net4, 3), offset(p.net4, 100)
 	p.host4 = hostAlias4
-	if p.net4.Contains(hostAlias4) {
-		return plan{}, fmt.Errorf("--cidr %s: contains %s, which is the host as the container sees it", cidr, hostAlias4)
-	}
-	if !ipv6 {
-		return p, nil
-	}
-	if p.net6, err = parsePrefix("--cidr6", cidr6, 6, 16, 112); err != nil {
-		return plan{}, err
+	if !net6.IsValid() {
+		return p
 	}
 	p.gateway6, p.dns6 = offset(p.net6, 2), offset(p.net6, 3)
 	p.host6, p.container6 = offset(p.net6, 4), offset(p.net6, 0x100)
 	p.linkLocal = netip.MustParseAddr("fe80::2")
-	return p, nil
+	return p
 }
 
 // gatewayMAC is derived from the plan, so that a container's neighbour table stays right when
@@ -103,16 +106,21 @@ func parsePrefix(flag, s string, family, shortest, longest int) (netip.Prefix, e
 	if m := p.Masked(); m != p {
 		return netip.Prefix{}, fmt.Errorf("%s %s: has host bits; did you mean %s?", flag, s, m)
 	}
+	return p, checkReserved(flag, p)
+}
+
+// checkReserved refuses a network whose addresses mean something else.
+func checkReserved(flag string, p netip.Prefix) error {
 	for _, bad := range []struct{ prefix, is string }{
 		{"0.0.0.0/8", "this network"}, {"127.0.0.0/8", "loopback"}, {"169.254.0.0/16", "link-local"},
 		{"224.0.0.0/3", "multicast or reserved"},
 		{"::/16", "unspecified, loopback or IPv4-mapped"}, {"fe80::/10", "link-local"}, {"ff00::/8", "multicast"},
 	} {
 		if p.Overlaps(netip.MustParsePrefix(bad.prefix)) {
-			return netip.Prefix{}, fmt.Errorf("%s %s: overlaps %s, which is %s", flag, s, bad.prefix, bad.is)
+			return fmt.Errorf("%s %s: overlaps %s, which is %s", flag, p, bad.prefix, bad.is)
 		}
 	}
-	return p, nil
+	return nil
 }
 
 // offset is the n-th address of a network.

@@ -126,8 +126,14 @@ func (e *engine) openControl(where netns.Config) error {
 		e.log.Warn("no control socket: name one with --api-socket, or none to do without", "error", err)
 		return nil
 	}
-	return fmt.Errorf("--api-socket: %w", err)
+	return controlError{err}
 }
+
+// A controlError is why the control socket that was asked for cannot be.
+type controlError struct{ error }
+
+func (e controlError) Error() string { return "--api-socket: " + e.error.Error() }
+func (e controlError) Unwrap() error { return e.error }
 
 // info returns what tells about us.
 func (e *engine) info(where netns.Config) func() api.Info {

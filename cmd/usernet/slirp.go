@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 
@@ -56,7 +57,11 @@ func slirp(argv []string) int {
 		err = attach(o, log)
 	}
 	if err != nil {
-		fmt.Fprint(os.Stderr, s.Failure(err))
+		at := slirp4netns.Attaching
+		if errors.As(err, new(controlError)) {
+			at = slirp4netns.Listening
+		}
+		fmt.Fprint(os.Stderr, s.Failure(err, at))
 		return statusFailure
 	}
 	return 0
@@ -88,9 +93,14 @@ func slirpOptions(s *slirp4netns.Options) (*options, error) {
 	if s.IPv6 && !ipv6 {
 		s.Warnings = append(s.Warnings, fmt.Sprintf("no IPv6: it needs an MTU of at least %d octets", minMTU6))
 	}
-	if o.plan, err = newPlan(s.CIDR.String(), defaultCIDR6, ipv6); err != nil {
+	var net6 netip.Prefix
+	if ipv6 {
+		net6 = netip.MustParsePrefix(defaultCIDR6)
+	}
+	if err := checkReserved("--cidr", s.CIDR); err != nil {
 		return nil, err
 	}
+	o.plan = planOf(s.CIDR, net6)
 	if err := checkTAPName(o.tapName); err != nil {
 		return nil, err
 	}

@@ -2,20 +2,47 @@ package slirp4netns
 
 import (
 	"errors"
+	"fmt"
+	"strings"
 	"syscall"
 )
 
-// Reason is a system call's error in the words of strerror(3), which begin with a capital; another error's own.
+// A Stage is how far a start came.
+type Stage int
+
+const (
+	Attaching Stage = iota // to the namespace or device
+	Listening              // at the API socket
+)
+
+// Failure is what is printed when a start fails: what happened, with its remedy, between the lines that slirp4netns has for
+// it, where callers may know those.
+func (o *Options) Failure(err error, at Stage) string {
+	ours := "slirp4netns: " + err.Error()
+	switch {
+	case at == Listening && errors.Is(err, syscall.ENAMETOOLONG):
+		return lines("the specified API socket path is too long (>= 108)", ours, "parent failed")
+	case at == Listening:
+		return lines("api_bindlisten: bind: "+Reason(err), ours, "parent failed")
+	case o.PID != 0 && errors.Is(err, syscall.ESRCH):
+		return lines(fmt.Sprintf("/proc/%d/ns/net: %s", o.PID, syscallText(syscall.ENOENT)), ours, "child failed(1)")
+	}
+	return lines(ours)
+}
+
+func lines(ss ...string) string { return strings.Join(ss, "\n") + "\n" }
+
+// Reason is a system call's error in the words of strerror(3); another error's own.
 func Reason(err error) string {
 	var errno syscall.Errno
 	if !errors.As(err, &errno) {
 		return err.Error()
 	}
-	text := errno.Error()
-	return string(text[0]&^0x20) + text[1:]
+	return syscallText(errno)
 }
 
-// Failure is what is printed when the start fails: slirp4netns's line where callers may know it, then what happened.
-func (o *Options) Failure(err error) string {
-	return "slirp4netns: " + err.Error() + "\n"
+// syscallText has the capital that C's text has and Go's has not.
+func syscallText(errno syscall.Errno) string {
+	text := errno.Error()
+	return strings.ToUpper(text[:1]) + text[1:]
 }
