@@ -2,6 +2,8 @@
 
 SHELL      := bash
 GO         ?= go
+PREFIX     ?= /usr/local
+DESTDIR    ?=
 FUZZTIME   ?= 10s
 BENCHFLAGS ?=
 VERSION    ?= $(shell git -c safe.directory='*' describe --tags --always --dirty 2>/dev/null || echo unknown)
@@ -10,7 +12,7 @@ VERSION    ?= $(shell git -c safe.directory='*' describe --tags --always --dirty
 export CGO_ENABLED := 0
 GOBUILD := $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: help build run test race e2e fuzz bench bench-quick microbench lint cover golden check clean
+.PHONY: help build install uninstall run test race e2e fuzz bench bench-quick microbench lint cover golden check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -18,6 +20,17 @@ help: ## list the targets
 
 build: ## bin/usernet, static
 	$(GOBUILD) -o bin/usernet ./cmd/usernet
+
+install: build ## $(DESTDIR)$(PREFIX)/bin/usernet, and slirp4netns beside it, a link to it
+	install -d '$(DESTDIR)$(PREFIX)/bin'
+	@set -e; cd '$(DESTDIR)$(PREFIX)/bin'; if [ -e slirp4netns ] && [ "$$(readlink slirp4netns)" != usernet ]; then \
+		echo "$$PWD/slirp4netns is there and is no link to usernet: remove it, or install elsewhere with PREFIX=" >&2; exit 1; fi
+	install -m 755 bin/usernet '$(DESTDIR)$(PREFIX)/bin/usernet.new'
+	mv -f '$(DESTDIR)$(PREFIX)/bin/usernet.new' '$(DESTDIR)$(PREFIX)/bin/usernet'
+	ln -sf usernet '$(DESTDIR)$(PREFIX)/bin/slirp4netns'
+
+uninstall: ## remove what install has made
+	@set -e; cd '$(DESTDIR)$(PREFIX)/bin'; if [ "$$(readlink slirp4netns)" = usernet ]; then rm -f slirp4netns; fi; rm -f usernet
 
 run: build ## see it work: a command in a namespace reaches a server of this machine
 	@$(GOBUILD) -o bin/demo ./e2e/demo

@@ -232,7 +232,7 @@ func (f *Forwarder) local(dst netip.Addr) bool {
 	case dev != "":
 		return f.hosts.Local(dst)
 	case addr.IsValid():
-		return dst.IsLoopback()
+		return dst.IsLoopback() && !f.cfg.Outbound.ToLoopback
 	}
 	return false
 }

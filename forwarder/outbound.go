@@ -14,6 +14,10 @@ import (
 type Outbound struct {
 	Addr4, Addr6           netip.Addr
 	Interface4, Interface6 string
+
+	// ToLoopback sends from the address also what goes to the host's own loopback, as slirp4netns does. An address that
+	// is a loopback one then reaches nothing else.
+	ToLoopback bool
 }
 
 // ParseOutbound reads an address or the name of an interface for each family; "" leaves
@@ -79,11 +83,11 @@ func (o *Outbound) Check() error {
 }
 
 // Prepare makes fd, a socket of the family (AF_INET or AF_INET6) that is not bound yet, send to
-// dst as o says. The host's own loopback is spoken to from the loopback, and other
+// dst as o says. The host's own loopback is spoken to from the loopback unless ToLoopback says otherwise, and other
 // addresses of the host through no particular interface: their answers come by lo.
 func (o *Outbound) Prepare(fd, family int, dst netip.Addr) error {
 	addr, dev := o.of(family)
-	if dst.IsLoopback() || !addr.IsValid() && (dev == "" || isLocal(dst)) {
+	if dst.IsLoopback() && !(o.ToLoopback && addr.IsValid()) || !addr.IsValid() && (dev == "" || isLocal(dst)) {
 		return nil
 	}
 	return o.bind(fd, family)

@@ -79,6 +79,8 @@ func TestOutboundPrepare(t *testing.T) {
 	addHostAddress(t, "192.0.2.7/24", "2001:db8:1::7/64")
 	addr, _ := ParseOutbound("192.0.2.7", "2001:db8:1::7")
 	dev, _ := ParseOutbound("world0", "world0")
+	toLoopback, devToLoopback := addr, dev
+	toLoopback.ToLoopback, devToLoopback.ToLoopback = true, true
 	for _, c := range []struct {
 		o         Outbound
 		dst       string
@@ -89,6 +91,10 @@ func TestOutboundPrepare(t *testing.T) {
 		{addr, "2001:db8::1", "2001:db8:1::7", ""},
 		{addr, "127.0.0.1", "0.0.0.0", ""},
 		{addr, "::1", "::", ""},
+		{toLoopback, "127.0.0.1", "192.0.2.7", ""},
+		{toLoopback, "::1", "2001:db8:1::7", ""},
+		{toLoopback, "198.51.100.1", "192.0.2.7", ""},
+		{devToLoopback, "127.0.0.1", "0.0.0.0", ""},
 		{dev, "198.51.100.1", "0.0.0.0", "world0"},
 		{dev, "2001:db8::1", "::", "world0"},
 		{dev, "127.0.0.1", "0.0.0.0", ""},
@@ -140,21 +146,27 @@ func TestOutboundFlows(t *testing.T) {
 
 	outside := w.outside.listen("10.2.0.1:0")
 	loopback, own := newServer(t, "127.0.0.1:0"), newServer(t, "10.1.0.1:0")
-	for _, c := range []struct{ outbound, outside, own string }{
-		{"", "10.1.0.1", "10.1.0.1"},
-		{"10.1.0.5", "10.1.0.5", "10.1.0.5"},
-		{"h1", "10.3.0.1", "10.1.0.1"},
+	for _, c := range []struct {
+		outbound, outside, own, loopback string
+		toLoopback                       bool
+	}{
+		{"", "10.1.0.1", "10.1.0.1", "127.0.0.1", false},
+		{"10.1.0.5", "10.1.0.5", "10.1.0.5", "127.0.0.1", false},
+		{"10.1.0.5", "10.1.0.5", "10.1.0.5", "10.1.0.5", true},
+		{"h1", "10.3.0.1", "10.1.0.1", "127.0.0.1", false},
+		{"h1", "10.3.0.1", "10.1.0.1", "127.0.0.1", true},
 	} {
 		o, err := ParseOutbound(c.outbound, "")
 		if err != nil {
 			t.Fatal(err)
 		}
+		o.ToLoopback = c.toLoopback
 		ct, _ := newContainer(t, Config{Outbound: o})
 		for _, v := range []struct {
 			s    *server
 			dst  netip.AddrPort
 			from string
-		}{{outside, outside.addr, c.outside}, {loopback, loopback.gateway(), "127.0.0.1"}, {own, own.addr, c.own}} {
+		}{{outside, outside.addr, c.outside}, {loopback, loopback.gateway(), c.loopback}, {own, own.addr, c.own}} {
 			ct.send(me4, v.dst, "hello")
 			from := v.s.expect("hello")
 			if from.Addr().String() != v.from {

@@ -85,8 +85,11 @@ func slirpOptions(s *slirp4netns.Options) (*options, error) {
 		sandbox: true, // --enable-sandbox and --enable-seccomp ask for less than what there is anyway
 	}
 	var err error
-	if o.outbound, err = forwarder.ParseOutbound(s.Outbound4, s.Outbound6); err != nil {
+	if o.outbound, err = slirpOutbound(s); err != nil {
 		return nil, err
+	}
+	if o.mac != nil && o.mac.String() == planOf(s.CIDR, netip.Prefix{}).gatewayMAC().String() {
+		return nil, fmt.Errorf("cannot set MAC address: %s is the gateway's", o.mac)
 	}
 	// Not every MTU that slirp4netns takes can carry IPv6; those who turn it on as a matter of course get the other family.
 	ipv6 := s.IPv6 && s.MTU >= minMTU6
@@ -109,4 +112,34 @@ func slirpOptions(s *slirp4netns.Options) (*options, error) {
 		LeaseBegin: offset(o.plan.net4, 15), LeaseEnd: offset(o.plan.net4, 30),
 	})
 	return o, nil
+}
+
+// slirpOutbound takes what usernet's own flags refuse: the loopback, from which nothing leaves the host. There are those who
+// mean just that, for it leaves the host's own servers within reach.
+func slirpOutbound(s *slirp4netns.Options) (forwarder.Outbound, error) {
+	lo4, to4 := loopback(s.Outbound4, "127.0.0.1")
+	lo6, to6 := loopback(s.Outbound6, "::1")
+	o, err := forwarder.ParseOutbound(to4, to6)
+	if err != nil {
+		return o, fmt.Errorf("outbound-addr has to be valid ipv4 address or interface name: %w", err)
+	}
+	if lo4.Is4() {
+		o.Addr4 = lo4
+	}
+	if lo6.Is6() {
+		o.Addr6 = lo6
+	}
+	o.ToLoopback = true
+	return o, nil
+}
+
+// loopback reads a loopback address, or lo, whose address it knows; what is none it returns as it is.
+func loopback(s, lo string) (netip.Addr, string) {
+	if s == "lo" {
+		s = lo
+	}
+	if a, err := netip.ParseAddr(s); err == nil && a.IsLoopback() && !a.Is4In6() {
+		return a, ""
+	}
+	return netip.Addr{}, s
 }
