@@ -182,6 +182,9 @@ func (p *parser) target(rest []string, stat func(string) error) error {
 	if len(rest) == 0 {
 		return wrong("")
 	}
+	if p.targetType == "bess" && len(rest) > 1 {
+		return wrong("too many arguments") // a socket has no name inside
+	}
 	if len(rest) > 2 {
 		p.Warnings = append(p.Warnings, "too many arguments")
 	}

@@ -134,7 +134,7 @@ func TestGoldenRefused(t *testing.T) {
 		"-c --macaddress= 1", "-c --macaddress=002:0:0:0:0:0 1",
 		"--userns-path=/nowhere 1", "--netns-type=path /nowhere tap0", "--netns-type=tapfd x", "--netns-type=tapfd -c 5",
 		"--outbound-addr= 1", "--outbound-addr6= 1",
-		"--target-type=foo 1", "--target-type=bess -c /s", "--target-type=bess --netns-type=pid /s", "--target-type=bess --userns-path=/proc/7/ns/user /s",
+		"--target-type=foo 1", "--target-type=bess /s tap0", "--target-type=bess -c /s", "--target-type=bess --netns-type=pid /s", "--target-type=bess --userns-path=/proc/7/ns/user /s",
 	} {
 		o, err := parse(args)
 		var e *Error
