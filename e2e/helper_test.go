@@ -29,6 +29,7 @@ func helperMain(name string, args []string) int {
 		"idle":    helperIdle,
 		"crowd":   helperCrowd,
 		"echo":    helperEcho,
+		"wire":    helperWire,
 	}
 	if err := helpers[name](args); err != nil {
 		fmt.Fprintln(os.Stderr, name+":", err)
