@@ -9,4 +9,7 @@
 //	     ◀─ queues as descriptors ─┘
 //	Queue.Read, Wait, Write ─ frames, each behind a virtio-net header
 //	Close ─ remove it · Detach ─ leave it for who comes after
+//
+// FromFD takes a TAP that somebody has opened already, and gives it back as it was. ListenSocket is for machines that have
+// no TAP: frames come and go as messages of a unix socket.
 package tap
