@@ -131,12 +131,24 @@ func (r *opened) prepare6(name string) bool {
 			return false
 		}
 	}
-	// Link-local addresses would be tentative for a second as well; and our own router
-	// advertisements, which are for whoever configures itself, would add a second address and route. Where
-	// /proc is read-only both are a matter of taste, not of function.
-	os.WriteFile(dir+"accept_dad", []byte("0"), 0)
+	// Our own router advertisements, which are for whoever configures itself, would add a second address and route. Where
+	// /proc is read-only that is a matter of taste, not of function.
 	os.WriteFile(dir+"accept_ra", []byte("0"), 0)
 	return true
+}
+
+// noDAD turns duplicate address detection off, before the interface has its carrier by us and so its first address. Nobody else
+// is on this link. In that second a route by our router advertisement would be there already and no address to send
+// from but ::1: what connects then, as a program that rootlesskit has just started, would wait for minutes. Where /proc is read-only
+// it comes to that. undo is for when there will be no carrier.
+func noDAD(name string) (undo func()) {
+	file := "/proc/sys/net/ipv6/conf/" + name + "/accept_dad"
+	before, err := os.ReadFile(file)
+	if err != nil { // the kernel has no IPv6
+		return func() {}
+	}
+	os.WriteFile(file, []byte("0"), 0)
+	return func() { os.WriteFile(file, before, 0) }
 }
 
 func ipNet(p netip.Prefix) *net.IPNet {

@@ -86,8 +86,15 @@ func openTAP(cfg Config) (r opened, files []*os.File, err error) {
 	r.Ours = !r.Adopted || alias == aliasOurs || alias == aliasUnfinished
 	unfinished := !r.Adopted || alias == aliasUnfinished
 
+	undo := func() {}
+	if cfg.IPv6.IsValid() {
+		undo = noDAD(cfg.Name)
+	}
 	if files, err = r.attach(tun, cfg); err == nil {
 		err = r.dress(nl, tun, cfg, unfinished)
+	}
+	if err != nil {
+		undo()
 	}
 	if err != nil && !r.Adopted {
 		err = errors.Join(err, remove(nl, tun, files))

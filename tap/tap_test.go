@@ -50,6 +50,7 @@ type linkState struct {
 	Routes     []string
 	Persist    bool
 	AcceptRA   string
+	AcceptDAD  string
 }
 
 func state(_ context.Context, name string) (s linkState, _ []*os.File, err error) {
@@ -97,8 +98,10 @@ func state(_ context.Context, name string) (s linkState, _ []*os.File, err error
 			}
 		}
 	}
-	ra, _ := os.ReadFile("/proc/sys/net/ipv6/conf/" + name + "/accept_ra")
-	s.AcceptRA = strings.TrimSpace(string(ra))
+	conf := "/proc/sys/net/ipv6/conf/" + name
+	ra, _ := os.ReadFile(conf + "/accept_ra")
+	dad, _ := os.ReadFile(conf + "/accept_dad")
+	s.AcceptRA, s.AcceptDAD = strings.TrimSpace(string(ra)), strings.TrimSpace(string(dad))
 	return s, nil, nil
 }
 
@@ -407,6 +410,30 @@ func TestForeignTAP(t *testing.T) {
 		}
 		if s := see(t, n); !s.Found || !s.Persist || s.Alias != "" {
 			t.Errorf("after Close: %+v, want it to stay as it was", s)
+		}
+	}
+}
+
+// Who configures a TAP by our router advertisements, as rootlesskit does, can use the address at once; and where we bring no
+// IPv6 the link is not ours to change.
+func TestUnconfiguredAddressIsUsableAtOnce(t *testing.T) {
+	for _, six := range []bool{true, false} {
+		n := newNS(t)
+		call(t, n, "foreign", foreigner{Name: "tap0", Flags: unix.IFF_TAP | unix.IFF_NO_PI}, nil)
+		call(t, n, "change", wish{Name: "tap0", Up: true}, nil)
+		before := see(t, n).AcceptDAD
+		cfg := config()
+		cfg.Configure = false
+		if !six {
+			cfg.IPv6, cfg.Gateway6 = netip.Prefix{}, netip.Addr{}
+		}
+		open(t, n, cfg)
+		s := see(t, n)
+		if want := map[bool]string{true: "0", false: before}[six]; s.AcceptDAD != want || before == "0" {
+			t.Errorf("IPv6 %v: accept_dad was %s and is %s, want %s", six, before, s.AcceptDAD, want)
+		}
+		if s.AcceptRA == "0" || !s.Up {
+			t.Errorf("IPv6 %v: up %v, accept_ra %s", six, s.Up, s.AcceptRA)
 		}
 	}
 }
