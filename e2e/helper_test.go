@@ -30,6 +30,7 @@ func helperMain(name string, args []string) int {
 		"crowd":   helperCrowd,
 		"echo":    helperEcho,
 		"wire":    helperWire,
+		"refuse":  helperRefuse,
 	}
 	if err := helpers[name](args); err != nil {
 		fmt.Fprintln(os.Stderr, name+":", err)

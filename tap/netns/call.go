@@ -123,7 +123,7 @@ func (n *NS) settleLocked(ctx context.Context) error {
 			return fmt.Errorf("enter %s: %w", n.name, err)
 		}
 	}
-	if n.unpinned || n.life.pidfd >= 0 { // those of /proc are of no mount
+	if n.unpinned || n.life.pidfd >= 0 || n.life.proc { // those of /proc are of no mount
 		return nil
 	}
 	_, fds, err := n.callLocked(ctx, opSelf, nil, func(context.Context, []byte) ([]byte, []*os.File, error) { return ownNamespace() })

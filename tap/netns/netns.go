@@ -101,8 +101,8 @@ func (n *NS) openPID(pid int) error {
 		return fmt.Errorf("no such process (it has ended, or lives in a PID namespace that is not ours): %w", err)
 	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOENT):
 		return fmt.Errorf("%d is a thread: give the PID of its process: %w", pid, err)
-	case errors.Is(err, unix.ENOSYS):
-		return fmt.Errorf("pidfd_open: usernet needs Linux 5.3 or newer: %w", err)
+	case errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EPERM): // a kernel before 5.3; a filter of calls that is older
+		return n.openProc(pid)
 	case err != nil:
 		return fmt.Errorf("pidfd_open: %w", err)
 	}
@@ -120,6 +120,18 @@ func (n *NS) openPID(pid int) error {
 	return nil
 }
 
+// openProc is openPID without a pidfd.
+func (n *NS) openProc(pid int) error {
+	if err := n.life.openProc(pid); err != nil {
+		return err
+	}
+	var err error
+	if n.fd, err = openNSAt(n.life.dir, n.life.base, fmt.Sprintf("/proc/%d/ns/net", pid), unix.CLONE_NEWNET); err != nil {
+		return explainProc(pid, err)
+	}
+	return nil
+}
+
 // openPath takes a path through /proc for what it is, a process: with the process the
 // path ends, and nothing else in /proc can be watched.
 func (n *NS) openPath(path string) error {
@@ -130,21 +142,27 @@ func (n *NS) openPath(path string) error {
 		}
 		return err
 	}
-	n.life.dir, n.life.base = dir, base
 	pid, err := procPID(dir)
+	if err == nil && pid > 0 {
+		if err = n.openPID(pid); err != nil {
+			err = fmt.Errorf("process %d: %w", pid, err)
+		}
+		closeFd(&n.fd) // the path may be that of a thread
+	}
 	if err != nil {
+		unix.Close(dir)
 		return err
 	}
+	n.fd, err = openNSAt(dir, base, path, unix.CLONE_NEWNET)
 	if pid > 0 {
-		if err := n.openPID(pid); err != nil {
-			return fmt.Errorf("process %d: %w", pid, err)
-		}
-		unix.Close(n.fd)
+		unix.Close(dir)
+	} else {
+		n.life.dir, n.life.base = dir, base
 	}
-	if n.fd, err = openNSAt(dir, base, path, unix.CLONE_NEWNET); err != nil {
+	if err != nil {
 		return explainPath(path, err)
 	}
-	if n.life.pidfd >= 0 {
+	if pid > 0 {
 		return nil
 	}
 	return n.life.openPath(n.fd)

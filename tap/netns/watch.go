@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -22,14 +23,22 @@ import (
 type life struct {
 	pidfd int // the process, or -1
 
-	// Path form, unless pidfd is there:
+	// Path form:
 	dir    int // O_PATH: the directory of the path's last element
 	base   string
 	mounts int // mountinfo: POLLERR|POLLPRI when something was mounted or unmounted
 	events int // inotify on dir: unlinked, renamed, replaced
 	dev    uint64
 	ino    uint64
+
+	// Where the host has no pidfd or no inotify for us, by a filter of somebody's or a limit that is reached, it is
+	// looked for again and again.
+	looks bool
+	proc  bool // dir is the process's own, /proc/PID/ns: it is the process whose end counts
 }
+
+// lookEvery is how late an end is seen without events. A look is one system call.
+const lookEvery = time.Second
 
 func noLife() life { return life{pidfd: -1, dir: -1, mounts: -1, events: -1} }
 
@@ -88,28 +97,45 @@ func (l *life) openPath(ns int) error {
 		return fmt.Errorf("watch the mount table (is /proc mounted?): %w", err)
 	}
 	if l.events, err = unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK); err != nil {
-		return fmt.Errorf("inotify (fs.inotify.max_user_instances?): %w", err)
+		l.events, l.looks = -1, true // a user has 128 of them (fs.inotify.max_user_instances), and may have more containers
+		return nil
 	}
 	const what = unix.IN_CREATE | unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_MOVED_TO | unix.IN_DELETE_SELF | unix.IN_ONLYDIR
 	_, err = unix.InotifyAddWatch(l.events, fmt.Sprintf("/proc/self/fd/%d", l.dir), what)
 	// A directory that we may pass but not list cannot be watched. Little is lost: whoever unlinks
 	// a mount point detaches what is mounted there, which the mount table tells.
-	if err != nil && !errors.Is(err, unix.EACCES) {
-		return fmt.Errorf("watch its directory (fs.inotify.max_user_watches?): %w", err)
+	l.looks = err != nil && !errors.Is(err, unix.EACCES) // fs.inotify.max_user_watches
+	return nil
+}
+
+// openProc is for a process of which there is no pidfd. Its directory of /proc stays its own when its number
+// is given to another.
+func (l *life) openProc(pid int) error {
+	var err error
+	if l.dir, err = unix.Open(fmt.Sprintf("/proc/%d/ns", pid), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
+		l.dir = -1
+		if errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("no such process (it has ended, or lives in a PID namespace that is not ours): %w", unix.ESRCH)
+		}
+		return explainProc(pid, err)
 	}
+	l.base, l.looks, l.proc = "net", true, true
 	return nil
 }
 
 // named tells whether the path still leads to the namespace.
 func (l *life) named() bool {
 	var st unix.Stat_t
+	if l.proc { // where the link leads is not for everybody to know; a process that has ended has none
+		return unix.Fstatat(l.dir, l.base, &st, unix.AT_SYMLINK_NOFOLLOW) == nil
+	}
 	err := unix.Fstatat(l.dir, l.base, &st, unix.AT_NO_AUTOMOUNT)
 	return err == nil && st.Dev == l.dev && st.Ino == l.ino
 }
 
 // Watch blocks until the namespace is gone, and returns nil then: its process has ended, or its
 // path no longer leads to it. It returns ctx's error when ctx ends first. It is driven by
-// events alone, and works after chroot, in another mount namespace and under landlock.
+// events where the host has them for us, and works after chroot, in another mount namespace and under landlock.
 func (n *NS) Watch(ctx context.Context) error {
 	stop, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
@@ -135,12 +161,17 @@ func (n *NS) Watch(ctx context.Context) error {
 			unix.PollFd{Fd: int32(n.life.mounts), Events: unix.POLLPRI},
 			unix.PollFd{Fd: int32(n.life.events), Events: unix.POLLIN})
 	}
+	var timeout *unix.Timespec
+	if n.life.looks {
+		ts := unix.NsecToTimespec(int64(lookEvery))
+		timeout = &ts
+	}
 	var buf [4096]byte // of inotify's events only that there were some matters
 	for {
 		if n.life.pidfd < 0 && !n.life.named() {
 			return nil
 		}
-		if _, err := unix.Ppoll(fds, nil, nil); err != nil && !errors.Is(err, unix.EINTR) {
+		if _, err := unix.Ppoll(fds, timeout, nil); err != nil && !errors.Is(err, unix.EINTR) { // passes over those that are -1
 			return fmt.Errorf("watch %s: %w", n.name, err)
 		}
 		if ctx.Err() != nil {
