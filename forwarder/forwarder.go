@@ -221,7 +221,11 @@ func (f *Forwarder) resolve(flow Flow) (netip.AddrPort, Verdict) {
 	if f.cfg.Policy.alias(flow.Dst.Addr()) {
 		host = f.hosts.Now()
 	}
-	return f.cfg.Policy.Resolve(flow, host)
+	dst, verdict := f.cfg.Policy.Resolve(flow, host)
+	if verdict.Action == Forward && f.cfg.Outbound.confined(dst.Addr()) {
+		return refuse(unix.ENETUNREACH)
+	}
+	return dst, verdict
 }
 
 // local tells whether what goes to dst does not leave the host, where that makes a difference:

@@ -64,6 +64,13 @@ func (o *Outbound) of(family int) (addr netip.Addr, dev string) {
 	return o.Addr6, o.Interface6
 }
 
+// confined tells whether dst cannot be reached from o's address: that is a loopback one. The kernel would send it out all the
+// same, and whoever gets it drops it without a word.
+func (o *Outbound) confined(dst netip.Addr) bool {
+	addr, _ := o.of(family(dst))
+	return addr.IsLoopback() && !dst.IsLoopback()
+}
+
 // Check tries o on sockets of its own, so that a wrong address or interface is heard of at
 // the start and not from every flow.
 func (o *Outbound) Check() error {

@@ -186,6 +186,24 @@ func TestOutboundFlows(t *testing.T) {
 	}
 }
 
+// From a loopback address nothing leaves the host, and who tries is told so.
+func TestOutboundLoopback(t *testing.T) {
+	w := newWorld(t)
+	allowPing(t)
+	outside, loopback := w.outside.listen("10.2.0.1:0"), newServer(t, "127.0.0.1:0")
+	o := Outbound{Addr4: netip.MustParseAddr("127.0.0.1"), ToLoopback: true}
+	ct, _ := newContainer(t, Config{Outbound: o})
+	ct.send(me4, loopback.gateway(), "hello")
+	if from := loopback.expect("hello"); from.Addr() != o.Addr4 {
+		t.Errorf("the loopback sees %v", from)
+	}
+	for _, proto := range []uint8{protoTCP, protoUDP, protoICMP} {
+		if _, v := ct.f.resolve(Flow{proto, me4, outside.addr}); v != (Verdict{Refuse, unix.ENETUNREACH}) {
+			t.Errorf("protocol %d: %v", proto, v)
+		}
+	}
+}
+
 // A plain user may bind a socket to an interface once; that the source's port is taken must
 // not make it twice.
 func TestOutboundInterfaceAndPortTaken(t *testing.T) {
