@@ -40,6 +40,13 @@ type Config struct {
 
 	Queues int // 0 means 1
 
+	// Fresh refuses an interface that is there already, also one of a usernet that was killed: EEXIST.
+	Fresh bool
+
+	// Unlocked leaves the namespace's lock alone, for a program that has several TAPs in one namespace, and sees
+	// to it in its own way that no other of its kind adopts them.
+	Unlocked bool
+
 	NoOffload bool // as on a kernel without the virtio-net header
 	NoUSO     bool // as on a kernel before 6.2, without UDP segmentation
 

@@ -1,6 +1,7 @@
 package tap
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,20 +11,58 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"usernet/tap/netns"
 )
+
+const opDress = "tap.dress"
+
+// Dress gives an interface in ns that is there, and need not be a TAP, what Open gives to a TAP: MTU, MAC, alias, and with
+// cfg.Configure addresses and routes. One that was dressed before keeps what it has.
+func Dress(ctx context.Context, ns *netns.NS, cfg Config) error {
+	if err := cfg.validate(); err != nil {
+		return err
+	}
+	var is opened
+	if _, err := ns.Call(ctx, Ops(), opDress, cfg, &is); err != nil {
+		return err
+	}
+	is.warn(cfg)
+	return nil
+}
+
+func dressInside(_ context.Context, cfg Config) (r opened, _ []*os.File, err error) {
+	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return r, nil, fmt.Errorf("netlink: %w", err)
+	}
+	defer nl.Close()
+	link, err := nl.LinkByName(cfg.Name)
+	if err != nil {
+		return r, nil, fmt.Errorf("interface %s: %w", cfg.Name, err)
+	}
+	return r, nil, r.dress(nl, link, cfg, link.Attrs().Alias != aliasOurs)
+}
+
+// warn logs what the inside has to say.
+func (r *opened) warn(cfg Config) {
+	for _, w := range r.Warnings {
+		cfg.Log.Warn("tap: "+w, "interface", cfg.Name)
+	}
+}
 
 // dress gives the interface what it lacks: everything where it is new or was left unfinished, nothing
 // where it has addresses. Each step may be done twice, for a predecessor may have died after any.
-func (r *opened) dress(nl *netlink.Handle, tun *netlink.Tuntap, cfg Config, unfinished bool) error {
+func (r *opened) dress(nl *netlink.Handle, link netlink.Link, cfg Config, unfinished bool) error {
 	if unfinished {
-		if err := nl.LinkSetAlias(tun, aliasUnfinished); err != nil {
+		if err := nl.LinkSetAlias(link, aliasUnfinished); err != nil {
 			return fmt.Errorf("interface %s: name its maker: %w", cfg.Name, err)
 		}
-		if err := nl.LinkSetMTU(tun, cfg.MTU); err != nil {
+		if err := nl.LinkSetMTU(link, cfg.MTU); err != nil {
 			return fmt.Errorf("interface %s: MTU %d: %w", cfg.Name, cfg.MTU, err)
 		}
 		if cfg.MAC != nil {
-			if err := nl.LinkSetHardwareAddr(tun, cfg.MAC); err != nil {
+			if err := nl.LinkSetHardwareAddr(link, cfg.MAC); err != nil {
 				return fmt.Errorf("interface %s: MAC %s: %w", cfg.Name, cfg.MAC, err)
 			}
 		}
@@ -32,7 +71,7 @@ func (r *opened) dress(nl *netlink.Handle, tun *netlink.Tuntap, cfg Config, unfi
 		return err
 	}
 	if cfg.Configure && (unfinished || len(r.Addrs) == 0) {
-		if err := r.configure(nl, tun, cfg); err != nil {
+		if err := r.configure(nl, link, cfg); err != nil {
 			return err
 		}
 		if err := r.look(nl, cfg.Name); err != nil {
@@ -40,7 +79,7 @@ func (r *opened) dress(nl *netlink.Handle, tun *netlink.Tuntap, cfg Config, unfi
 		}
 	}
 	if unfinished {
-		if err := nl.LinkSetAlias(tun, aliasOurs); err != nil {
+		if err := nl.LinkSetAlias(link, aliasOurs); err != nil {
 			return fmt.Errorf("interface %s: name its maker: %w", cfg.Name, err)
 		}
 	}
@@ -70,7 +109,7 @@ func (r *opened) look(nl *netlink.Handle, name string) error {
 	return nil
 }
 
-func (r *opened) configure(nl *netlink.Handle, tun *netlink.Tuntap, cfg Config) error {
+func (r *opened) configure(nl *netlink.Handle, link netlink.Link, cfg Config) error {
 	lo, err := nl.LinkByName("lo")
 	if err == nil {
 		err = nl.LinkSetUp(lo)
@@ -80,30 +119,30 @@ func (r *opened) configure(nl *netlink.Handle, tun *netlink.Tuntap, cfg Config) 
 	}
 	with6 := cfg.IPv6.IsValid() && r.prepare6(cfg.Name)
 	if cfg.IPv4.IsValid() {
-		if err := nl.AddrReplace(tun, &netlink.Addr{IPNet: ipNet(cfg.IPv4)}); err != nil {
+		if err := nl.AddrReplace(link, &netlink.Addr{IPNet: ipNet(cfg.IPv4)}); err != nil {
 			return fmt.Errorf("interface %s: address %s: %w", cfg.Name, cfg.IPv4, err)
 		}
 	}
 	if with6 {
-		// Nobody else is on this link, so that the second of duplicate address detection, in which nothing
-		// can be sent, would be lost.
-		if err := nl.AddrReplace(tun, &netlink.Addr{IPNet: ipNet(cfg.IPv6), Flags: unix.IFA_F_NODAD}); err != nil {
+		// Nobody else is on this link, or the addresses on it are given out by one: the second of duplicate
+		// address detection, in which nothing can be sent, would be lost.
+		if err := nl.AddrReplace(link, &netlink.Addr{IPNet: ipNet(cfg.IPv6), Flags: unix.IFA_F_NODAD}); err != nil {
 			return fmt.Errorf("interface %s: address %s: %w", cfg.Name, cfg.IPv6, err)
 		}
 	}
-	if err := nl.LinkSetUp(tun); err != nil {
+	if err := nl.LinkSetUp(link); err != nil {
 		return fmt.Errorf("interface %s: bring it up: %w", cfg.Name, err)
 	}
-	if err := defaultRoute(nl, tun, cfg.Gateway4); err != nil {
+	if err := defaultRoute(nl, link, cfg.Gateway4); err != nil {
 		return err
 	}
 	if with6 {
-		return defaultRoute(nl, tun, cfg.Gateway6)
+		return defaultRoute(nl, link, cfg.Gateway6)
 	}
 	return nil
 }
 
-func defaultRoute(nl *netlink.Handle, tun *netlink.Tuntap, gateway netip.Addr) error {
+func defaultRoute(nl *netlink.Handle, link netlink.Link, gateway netip.Addr) error {
 	if !gateway.IsValid() {
 		return nil
 	}
@@ -111,9 +150,9 @@ func defaultRoute(nl *netlink.Handle, tun *netlink.Tuntap, gateway netip.Addr) e
 	if gateway.Is6() {
 		all = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
 	}
-	err := nl.RouteReplace(&netlink.Route{LinkIndex: tun.Attrs().Index, Dst: ipNet(all), Gw: gateway.AsSlice()})
+	err := nl.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(all), Gw: gateway.AsSlice()})
 	if err != nil {
-		return fmt.Errorf("interface %s: default route by %s: %w", tun.Attrs().Name, gateway, err)
+		return fmt.Errorf("interface %s: default route by %s: %w", link.Attrs().Name, gateway, err)
 	}
 	return nil
 }

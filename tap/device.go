@@ -17,6 +17,7 @@ import (
 type Device struct {
 	ns     *netns.NS // nil: it came by its descriptor
 	found  found     // as it came then
+	locked bool      // ns, by us
 	name   string
 	is     opened
 	queues []*Queue
@@ -30,18 +31,21 @@ type Device struct {
 }
 
 // Open makes or adopts the TAP in ns, attaches to it, and holds ns's lock until Close or
-// Detach. ns must stay open as long. EBUSY means that someone else is attached.
+// Detach, unless cfg.Unlocked. ns must stay open as long. EBUSY means that someone else is attached.
 func Open(ctx context.Context, ns *netns.NS, cfg Config) (*Device, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	if err := ns.Lock(ctx); err != nil {
-		return nil, err
-	}
 	d := &Device{ns: ns, name: cfg.Name, control: -1}
+	if !cfg.Unlocked {
+		if err := ns.Lock(ctx); err != nil {
+			return nil, err
+		}
+		d.locked = true
+	}
 	files, err := ns.Call(ctx, Ops(), opOpen, cfg, &d.is)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("open tap %s: %w", cfg.Name, err), ns.Unlock())
+		return nil, errors.Join(fmt.Errorf("open tap %s: %w", cfg.Name, err), d.Detach())
 	}
 	for _, f := range files {
 		// A descriptor of our own instead of the file's, which the garbage collector would close.
@@ -64,9 +68,7 @@ func Open(ctx context.Context, ns *netns.NS, cfg Config) (*Device, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open tap %s: %w", cfg.Name, err), d.Detach())
 	}
-	for _, w := range d.is.Warnings {
-		cfg.Log.Warn("tap: "+w, "interface", cfg.Name)
-	}
+	d.is.warn(cfg)
 	cfg.Log.Info("tap attached", "interface", cfg.Name, "namespace", ns.String(), "adopted", d.is.Adopted,
 		"mtu", d.is.MTU, "queues", len(d.queues), "offloads", fmt.Sprintf("%#x", d.is.Offloads))
 	return d, nil
@@ -117,7 +119,7 @@ func (d *Device) end(clean bool) error {
 			}
 			unix.Close(d.control)
 		}
-		if d.ns != nil {
+		if d.locked {
 			d.err = errors.Join(d.err, d.ns.Unlock())
 		}
 	})

@@ -22,7 +22,7 @@ const opOpen = "tap.open"
 
 // Ops are what this package does inside; a program adds them to the table of its helper.
 func Ops() netns.Ops {
-	return netns.Ops{opOpen: netns.Handle(openInside), opLook: netns.Handle(lookInside)}
+	return netns.Ops{opOpen: netns.Handle(openInside), opLook: netns.Handle(lookInside), opDress: netns.Handle(dressInside)}
 }
 
 // An interface's alias tells whose it is ("ip link" shows it), for no flag of a TAP does: one that
@@ -71,6 +71,9 @@ func openTAP(cfg Config) (r opened, files []*os.File, err error) {
 		return r, nil, err
 	}
 	r.Adopted = tun != nil
+	if r.Adopted && cfg.Fresh {
+		return r, nil, fmt.Errorf("interface %s is there already: remove it, or choose another name: %w", cfg.Name, unix.EEXIST)
+	}
 	if !r.Adopted {
 		if err := create(cfg.Name); err != nil {
 			return r, nil, err

@@ -57,6 +57,12 @@ func (n *NS) Call(ctx context.Context, ops Ops, name string, args, reply any) ([
 // CallFDs is Call for whoever wants the bare descriptors, which have close-on-exec and are as
 // the operation left them.
 func (n *NS) CallFDs(ctx context.Context, ops Ops, name string, args, reply any) ([]int, error) {
+	return n.CallWith(ctx, ops, name, args, reply)
+}
+
+// CallWith is CallFDs with descriptors that the operation gets by Sent, such as that of another namespace. They
+// stay the caller's, and must stay open until it returns.
+func (n *NS) CallWith(ctx context.Context, ops Ops, name string, args, reply any, fds ...int) ([]int, error) {
 	op, ok := ops[name]
 	if !ok {
 		return nil, fmt.Errorf("no operation %q", name)
@@ -76,25 +82,35 @@ func (n *NS) CallFDs(ctx context.Context, ops Ops, name string, args, reply any)
 	if err := n.settleLocked(ctx); err != nil {
 		return nil, err
 	}
-	out, fds, err := n.callLocked(ctx, name, raw, op)
+	out, got, err := n.callLocked(ctx, name, raw, op, fds)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", n.name, err)
 	}
 	if reply == nil {
-		return fds, nil
+		return got, nil
 	}
 	if err := json.Unmarshal(out, reply); err != nil {
-		closeFDs(fds)
+		closeFDs(got)
 		return nil, fmt.Errorf("reply of %s: %w", name, err)
 	}
-	return fds, nil
+	return got, nil
+}
+
+type sentKey struct{}
+
+// Sent are the descriptors that came with the call, for the operation whose context ctx is; they are open until that
+// returns.
+func Sent(ctx context.Context) []int {
+	fds, _ := ctx.Value(sentKey{}).([]int)
+	return fds
 }
 
 // callLocked runs op, which the helper knows by name, in the place for calls.
-func (n *NS) callLocked(ctx context.Context, name string, args []byte, op Op) (reply []byte, fds []int, err error) {
+func (n *NS) callLocked(ctx context.Context, name string, args []byte, op Op, sent []int) (reply []byte, fds []int, err error) {
 	if n.direct == placeHelper {
-		return n.callHelperLocked(ctx, name, args)
+		return n.callHelperLocked(ctx, name, args, sent)
 	}
+	ctx = context.WithValue(ctx, sentKey{}, sent)
 	var files []*os.File
 	var opErr error
 	if err := n.onThread(func() { reply, files, opErr = op(ctx, args) }); err != nil {
@@ -126,7 +142,7 @@ func (n *NS) settleLocked(ctx context.Context) error {
 	if n.unpinned || n.life.pidfd >= 0 || n.life.proc { // those of /proc are of no mount
 		return nil
 	}
-	_, fds, err := n.callLocked(ctx, opSelf, nil, func(context.Context, []byte) ([]byte, []*os.File, error) { return ownNamespace() })
+	_, fds, err := n.callLocked(ctx, opSelf, nil, func(context.Context, []byte) ([]byte, []*os.File, error) { return ownNamespace() }, nil)
 	if err == nil {
 		err = unix.Dup3(fds[0], n.fd, unix.O_CLOEXEC)
 	}

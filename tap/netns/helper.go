@@ -99,14 +99,18 @@ func serve(c *net.UnixConn, ops Ops, spare Spare) error {
 	defer last.run(idle)
 	ctx, cancel := context.WithCancel(context.WithValue(context.Background(), endingKey{}, last))
 	defer cancel()
-	calls := make(chan request)
+	type call struct {
+		request
+		fds []int
+	}
+	calls := make(chan call)
 	defer close(calls)
 	go func() {
 		defer close(idle)
 		rest := time.NewTimer(restAfter)
 		defer rest.Stop()
 		for {
-			var r request
+			var r call
 			select {
 			case r = <-calls:
 			case <-rest.C:
@@ -116,9 +120,10 @@ func serve(c *net.UnixConn, ops Ops, spare Spare) error {
 			if r.Name == "" { // closed
 				return
 			}
-			a, files := do(ctx, ops, r)
+			a, files := do(context.WithValue(ctx, sentKey{}, r.fds), ops, r.request)
+			closeFDs(r.fds)
 			rest.Reset(restAfter)
-			err := send(c, a, files)
+			err := send(c, a, numbers(files))
 			if err != nil { // too long, too many descriptors under way: the caller shall know. Or nobody is there
 				err = send(c, newAnswer(nil, fmt.Errorf("send the answer: %w", err)), nil)
 			}
@@ -135,10 +140,10 @@ func serve(c *net.UnixConn, ops Ops, spare Spare) error {
 		if err != nil {
 			return err
 		}
-		closeFDs(fds) // a request has none
 		select {
-		case calls <- r:
+		case calls <- call{r, fds}:
 		case <-idle:
+			closeFDs(fds)
 			return io.EOF // the answer before could not be sent
 		}
 	}
@@ -165,7 +170,7 @@ type helper struct {
 }
 
 // callHelperLocked starts the helper if there is none, asks and waits.
-func (n *NS) callHelperLocked(ctx context.Context, name string, args []byte) ([]byte, []int, error) {
+func (n *NS) callHelperLocked(ctx context.Context, name string, args []byte, sent []int) ([]byte, []int, error) {
 	if n.helper == nil {
 		h, err := startHelper(n.userFd, n.fd)
 		if err != nil {
@@ -173,7 +178,7 @@ func (n *NS) callHelperLocked(ctx context.Context, name string, args []byte) ([]
 		}
 		n.helper = h
 	}
-	reply, fds, err := n.helper.call(ctx, name, args)
+	reply, fds, err := n.helper.call(ctx, name, args, sent)
 	if err != nil && !errors.As(err, new(*remoteError)) && !errors.Is(err, errCutFiles) {
 		// Question and answer are no longer in step, or it is gone.
 		err = errors.Join(err, n.helper.close())
@@ -185,7 +190,7 @@ func (n *NS) callHelperLocked(ctx context.Context, name string, args []byte) ([]
 	return reply, fds, err
 }
 
-func (h *helper) call(ctx context.Context, name string, args []byte) ([]byte, []int, error) {
+func (h *helper) call(ctx context.Context, name string, args []byte, sent []int) ([]byte, []int, error) {
 	interrupted := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(interrupted)
@@ -196,7 +201,7 @@ func (h *helper) call(ctx context.Context, name string, args []byte) ([]byte, []
 			<-interrupted
 		}
 	}()
-	if err := send(h.conn, request{name, args}, nil); err != nil {
+	if err := send(h.conn, request{name, args}, sent); err != nil {
 		return nil, nil, fmt.Errorf("ask the helper: %w", err)
 	}
 	var a answer

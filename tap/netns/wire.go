@@ -12,7 +12,7 @@ import (
 )
 
 // Between us and the helper goes one SOCK_SEQPACKET message each way per call: JSON, with the
-// operation's files as SCM_RIGHTS beside the answer.
+// caller's descriptors as SCM_RIGHTS beside the request, and the operation's files beside the answer.
 
 const (
 	// maxMessage bounds a message, in octets. A unix socket takes one message of up to its send
@@ -65,25 +65,30 @@ func (a answer) result() ([]byte, error) {
 	return a.Reply, nil
 }
 
-// send writes v as one message, with files beside it, which stay the caller's.
-func send(c *net.UnixConn, v any, files []*os.File) error {
+// send writes v as one message, with descriptors beside it, which stay the caller's.
+func send(c *net.UnixConn, v any, fds []int) error {
 	raw, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	if len(raw) > maxMessage || len(files) > maxFiles {
-		return fmt.Errorf("a message of %d octets and %d files: %w", len(raw), len(files), unix.EMSGSIZE)
+	if len(raw) > maxMessage || len(fds) > maxFiles {
+		return fmt.Errorf("a message of %d octets and %d descriptors: %w", len(raw), len(fds), unix.EMSGSIZE)
 	}
 	var oob []byte
-	if len(files) > 0 {
-		fds := make([]int, len(files))
-		for i, f := range files {
-			fds[i] = int(f.Fd())
-		}
+	if len(fds) > 0 {
 		oob = unix.UnixRights(fds...)
 	}
 	_, _, err = c.WriteMsgUnix(raw, oob, nil)
 	return err
+}
+
+// numbers are the files' descriptors, as long as those are open.
+func numbers(files []*os.File) []int {
+	fds := make([]int, len(files))
+	for i, f := range files {
+		fds[i] = int(f.Fd())
+	}
+	return fds
 }
 
 // errCutFiles: the kernel found no place in our table of descriptors for what came.
