@@ -38,6 +38,9 @@ type Config struct {
 	IPv4, IPv6         netip.Prefix // the container's address in its network; zero means none of that family
 	Gateway4, Gateway6 netip.Addr   // of the default routes; zero means no route
 
+	// Announce has the kernel tell everybody on the link whenever the interface comes up with addresses.
+	Announce bool
+
 	Queues int // 0 means 1
 
 	// Fresh refuses an interface that is there already, also one of a usernet that was killed: EEXIST.
@@ -52,6 +55,9 @@ type Config struct {
 
 	Log *slog.Logger `json:"-"` // nil means slog.Default
 }
+
+// Check refuses what cannot be.
+func (c Config) Check() error { return c.validate() }
 
 // validate fills in defaults and refuses what cannot be.
 func (c *Config) validate() error {

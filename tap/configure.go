@@ -117,6 +117,12 @@ func (r *opened) configure(nl *netlink.Handle, link netlink.Link, cfg Config) er
 	if err != nil {
 		return fmt.Errorf("bring lo up: %w", err)
 	}
+	if cfg.Announce {
+		// Whoever still has the address of a predecessor's interface hears of the new one. Without it that lasts until
+		// the neighbour's entry is found to be stale.
+		os.WriteFile("/proc/sys/net/ipv4/conf/"+cfg.Name+"/arp_notify", []byte("1"), 0)
+		os.WriteFile("/proc/sys/net/ipv6/conf/"+cfg.Name+"/ndisc_notify", []byte("1"), 0)
+	}
 	with6 := cfg.IPv6.IsValid() && r.prepare6(cfg.Name)
 	if cfg.IPv4.IsValid() {
 		if err := nl.AddrReplace(link, &netlink.Addr{IPNet: ipNet(cfg.IPv4)}); err != nil {

@@ -8,6 +8,7 @@ import (
 	"runtime"
 
 	"usernet/tap"
+	"usernet/tap/bridge"
 	"usernet/tap/inside"
 	"usernet/tap/netns"
 )
@@ -45,6 +46,7 @@ func main() {
 func ops() netns.Ops {
 	all := tap.Ops()
 	maps.Copy(all, inside.Ops())
+	maps.Copy(all, bridge.Ops())
 	all[opConfine] = netns.Handle(confineHelper)
 	return all
 }

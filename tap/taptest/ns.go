@@ -59,6 +59,31 @@ func NewNS(t testing.TB, owner Owner) *Namespace {
 	case OwnerSelf:
 		mapIDs(cmd.SysProcAttr, os.Geteuid(), os.Getegid())
 	}
+	return start(t, cmd)
+}
+
+// NewNSIn makes a network namespace that is owned by the user namespace of ns, or, with below, by a new one that is
+// a child of that. Its process is root there, as ns's must be.
+func NewNSIn(t testing.TB, ns *Namespace, below bool) *Namespace {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Both programs become the next, so that the PID stays.
+	args := []string{"--target", strconv.Itoa(ns.PID), "--user", "--preserve-credentials", "--", "unshare", "--net"}
+	if below {
+		args = append(args, "--user", "--map-root-user")
+	}
+	cmd := exec.Command("nsenter", append(args, "--", exe)...)
+	cmd.Stderr = os.Stderr
+	cmd.Env = append(outside(), sleeperEnv+"=1")
+	return start(t, cmd)
+}
+
+// start starts a sleeper, which says its PID.
+func start(t testing.TB, cmd *exec.Cmd) *Namespace {
+	t.Helper()
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -128,9 +153,14 @@ func sleeper(name string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Args[0] = name
 	cmd.Stderr = os.Stderr
-	cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, insideEnv) })
+	cmd.Env = outside()
 	cmd.SysProcAttr = &syscall.SysProcAttr{}
 	return cmd
+}
+
+// outside is the environment of who is not to settle in namespaces of its own.
+func outside() []string {
+	return slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, insideEnv) })
 }
 
 // mapIDs maps us, and nobody else, to the given ids.

@@ -25,6 +25,7 @@ import (
 // What a test binary is besides a test binary, by argv[0] or environment.
 const (
 	sleeperName = "usernet-test-sleeper" // NewNS: holds a namespace until its stdin ends
+	sleeperEnv  = "USERNET_TEST_SLEEPER" // NewNSIn: the same, where argv[0] is not ours to choose
 	nestedName  = "usernet-test-nested"  // NewNS: starts a sleeper one user namespace further in
 	insideEnv   = "USERNET_TEST_INSIDE"  // Main: we are in the namespaces
 )
@@ -52,7 +53,7 @@ func be(ops netns.Ops) {
 	switch {
 	case netns.IsHelper():
 		os.Exit(netns.HelperMain(ops))
-	case os.Args[0] == sleeperName:
+	case os.Args[0] == sleeperName || os.Getenv(sleeperEnv) != "":
 		fmt.Println(os.Getpid())
 		io.Copy(io.Discard, os.Stdin)
 		os.Exit(0)

@@ -1,0 +1,173 @@
+package bridge_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"usernet/tap/netns"
+)
+
+// A wanted socket listens, or is connected where To is set.
+type wanted struct {
+	Network  string // tcp or udp
+	Addr, To netip.AddrPort
+}
+
+// connectPatience bounds what an operation inside waits for a peer that does not answer.
+const connectPatience = 20 // seconds
+
+// socket makes a socket of the namespace.
+func socket(_ context.Context, w wanted) (_ struct{}, files []*os.File, err error) {
+	family, kind := unix.AF_INET6, unix.SOCK_DGRAM
+	if w.Addr.Addr().Is4() {
+		family = unix.AF_INET
+	}
+	if w.Network == "tcp" {
+		kind = unix.SOCK_STREAM
+	}
+	fd, err := unix.Socket(family, kind|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return struct{}{}, nil, err
+	}
+	err = errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1),
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &unix.Timeval{Sec: connectPatience}),
+		unix.Bind(fd, sockaddr(w.Addr)))
+	switch {
+	case err != nil:
+	case w.To.IsValid():
+		err = unix.Connect(fd, sockaddr(w.To))
+	case w.Network == "tcp":
+		err = unix.Listen(fd, 16)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return struct{}{}, nil, fmt.Errorf("%+v: %w", w, err)
+	}
+	return struct{}{}, []*os.File{os.NewFile(uintptr(fd), w.Network)}, nil
+}
+
+func sockaddr(a netip.AddrPort) unix.Sockaddr {
+	if a.Addr().Is4() {
+		return &unix.SockaddrInet4{Addr: a.Addr().As4(), Port: int(a.Port())}
+	}
+	return &unix.SockaddrInet6{Addr: a.Addr().As16(), Port: int(a.Port())}
+}
+
+// An iface is one as its namespace sees it.
+type iface struct {
+	Name, MAC, Master string
+	Index             int
+	Up                bool
+	MTU               int
+	Addrs             []string // tentative ones say so
+	Routes            []string // with a gateway
+}
+
+// state lists all interfaces, lo among them.
+func state(context.Context, struct{}) (all map[string]iface, _ []*os.File, err error) {
+	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer nl.Close()
+	links, err := nl.LinkList()
+	if err != nil {
+		return nil, nil, err
+	}
+	all = map[string]iface{}
+	for _, l := range links {
+		a := l.Attrs()
+		i := iface{Name: a.Name, MAC: a.HardwareAddr.String(), Index: a.Index, Up: a.Flags&net.FlagUp != 0, MTU: a.MTU}
+		for _, m := range links {
+			if m.Attrs().Index == a.MasterIndex {
+				i.Master = m.Attrs().Name
+			}
+		}
+		addrs, err := nl.AddrList(l, netlink.FAMILY_ALL)
+		if err != nil {
+			return nil, nil, err
+		}
+		for _, a := range addrs {
+			text := a.IPNet.String()
+			if a.Flags&unix.IFA_F_TENTATIVE != 0 {
+				text += " tentative"
+			}
+			i.Addrs = append(i.Addrs, text)
+		}
+		for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+			routes, err := nl.RouteList(l, family)
+			if err != nil {
+				return nil, nil, err
+			}
+			for _, r := range routes {
+				if r.Gw != nil {
+					i.Routes = append(i.Routes, fmt.Sprintf("%s via %s", r.Dst, r.Gw))
+				}
+			}
+		}
+		all[i.Name] = i
+	}
+	return all, nil, nil
+}
+
+func see(t testing.TB, n *netns.NS) (all map[string]iface) {
+	t.Helper()
+	call(t, n, "state", struct{}{}, &all)
+	return all
+}
+
+// A deed is what a user of the namespace does with an interface.
+type deed struct {
+	Name             string
+	Make             string // "dummy", "bridge" or "tap" that nobody is attached to
+	Delete, Down, Up bool
+	Addr             string
+}
+
+func change(_ context.Context, d deed) (_ struct{}, _ []*os.File, err error) {
+	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return struct{}{}, nil, err
+	}
+	defer nl.Close()
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = d.Name
+	switch d.Make {
+	case "bridge":
+		err = nl.LinkAdd(&netlink.Bridge{LinkAttrs: attrs})
+	case "veth":
+		v := netlink.NewVeth(attrs)
+		v.PeerName = d.Name + "-peer"
+		err = nl.LinkAdd(v)
+	case "tap":
+		err = nl.LinkAdd(&netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TAP, Flags: netlink.TUNTAP_DEFAULTS})
+	}
+	if err != nil {
+		return struct{}{}, nil, err
+	}
+	link, err := nl.LinkByName(d.Name)
+	if err == nil && d.Delete {
+		return struct{}{}, nil, nl.LinkDel(link)
+	}
+	if err == nil && d.Down {
+		err = nl.LinkSetDown(link)
+	}
+	if err == nil && d.Up {
+		err = nl.LinkSetUp(link)
+	}
+	if err == nil && d.Addr != "" {
+		var a *netlink.Addr
+		if a, err = netlink.ParseAddr(d.Addr); err == nil {
+			err = nl.AddrAdd(link, a)
+		}
+	}
+	return struct{}{}, nil, err
+}
