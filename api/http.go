@@ -182,20 +182,11 @@ func (s *Server) postForwards(w http.ResponseWriter, r *http.Request) {
 	writeForwards(w, http.StatusCreated, added)
 }
 
-// readAdd reads an AddRequest, of which nothing may be misunderstood: an unknown key is an error, for it may
-// be what keeps a port from being open to all.
+// readAdd reads an AddRequest.
 func readAdd(body io.Reader) ([]portdriver.Spec, error) {
-	d := json.NewDecoder(body)
-	d.DisallowUnknownFields()
 	var request AddRequest
-	if err := d.Decode(&request); err != nil {
-		if errors.As(err, new(*http.MaxBytesError)) {
-			return nil, err
-		}
-		return nil, badRequest("%v", err)
-	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return nil, badRequest("more than one JSON value")
+	if err := decode(body, &request); err != nil {
+		return nil, err
 	}
 	var specs []portdriver.Spec
 	for _, text := range request.Publish {

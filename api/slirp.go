@@ -79,14 +79,14 @@ func encodeSlirp(v any) []byte {
 // shut down their side.
 func readSlirp(r io.Reader) (map[string]any, error) {
 	limited := &io.LimitedReader{R: r, N: maxSlirp}
-	value, err := decodeOnce(json.NewDecoder(limited))
+	value, err := decodeOnce(json.NewDecoder(limited), asIs) // as deep as 4095 octets can be
 	switch {
 	case limited.N <= 0:
 		return nil, errSlirp("too large message")
 	case err == nil:
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.As(err, new(*json.SyntaxError)),
 		errors.As(err, new(*json.UnmarshalTypeError)), // a number that is none, as 1e700
-		errors.Is(err, errTwice), isTimeout(err):
+		errors.As(err, new(errTwice)), isTimeout(err):
 		return nil, errSlirp("cannot parse JSON")
 	default:
 		return nil, err
@@ -96,48 +96,6 @@ func readSlirp(r io.Reader) (map[string]any, error) {
 		return nil, errSlirp("json_object() failed")
 	}
 	return object, nil
-}
-
-// errTwice is what an object with a key that comes twice is: which one is meant?
-var errTwice = errors.New("a key comes twice")
-
-// decodeOnce decodes a value as Decode does, but that slirp4netns takes no key twice. It goes as deep as a request is long.
-func decodeOnce(d *json.Decoder) (any, error) {
-	token, err := d.Token()
-	if err != nil {
-		return nil, err
-	}
-	switch token {
-	case json.Delim('{'):
-		object := map[string]any{}
-		for d.More() {
-			key, err := d.Token()
-			if err != nil {
-				return nil, err
-			}
-			name := key.(string) // or else there was an error
-			if _, twice := object[name]; twice {
-				return nil, errTwice
-			}
-			if object[name], err = decodeOnce(d); err != nil {
-				return nil, err
-			}
-		}
-		_, err = d.Token()
-		return object, err
-	case json.Delim('['):
-		list := []any{}
-		for d.More() {
-			v, err := decodeOnce(d)
-			if err != nil {
-				return nil, err
-			}
-			list = append(list, v)
-		}
-		_, err = d.Token()
-		return list, err
-	}
-	return token, nil
 }
 
 func isTimeout(err error) bool {

@@ -65,29 +65,6 @@ func TestListenHere(t *testing.T) {
 	dial(t, path).Close()
 }
 
-// In a sandbox the path leads nowhere any more, but the directory's descriptor does.
-func TestCloseByDirectory(t *testing.T) {
-	path := socketPath(t)
-	s, err := listen(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	moved := filepath.Dir(path) + "2"
-	if err := os.Rename(filepath.Dir(path), moved); err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(moved)
-	if s.Path() != path || s.Dir().Name() != filepath.Dir(path)+"/" {
-		t.Errorf("%s in %s", s.Path(), s.Dir().Name())
-	}
-	if err := s.Close(); err != nil {
-		t.Error(err)
-	}
-	if left, err := os.ReadDir(moved); err != nil || len(left) > 0 {
-		t.Errorf("left behind: %v %v", left, err)
-	}
-}
-
 // Another user may not speak, even where the file would let him; and nobody is not who we are.
 func TestOtherUsersAreRefused(t *testing.T) {
 	if os.Geteuid() != 0 {

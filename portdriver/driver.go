@@ -266,7 +266,11 @@ func (d *Driver) reserve(specs []Spec) error {
 	}
 	seen := make(map[Spec]bool, len(specs))
 	for _, s := range specs {
-		if err := s.check(); err != nil {
+		err := s.check()
+		if err == nil {
+			err = d.cfg.checkTarget(s.Container)
+		}
+		if err != nil {
 			return fmt.Errorf("publish %v: %w", s, err)
 		}
 		if p := s.place(); p.HostPort != 0 || p.HostPath != "" {

@@ -271,6 +271,41 @@ func (s Spec) check() error {
 	return nil
 }
 
+// checkTarget refuses addresses at which there can be no server of the container's: clients would be connected
+// to us, or to nobody. The zero Addr is its own.
+func (c *Config) checkTarget(a netip.Addr) error {
+	switch a {
+	case netip.Addr{}:
+		return nil
+	case c.Gateway4, c.Gateway6:
+		return fmt.Errorf("%v is the gateway, which is usernet itself: nothing in the container listens there; leave it out for the container's own address", a)
+	}
+	for _, n := range c.Subnets {
+		if !a.Is4() || !n.Contains(a) || n.Bits() > 30 {
+			continue
+		}
+		if a == n.Masked().Addr() {
+			return fmt.Errorf("%v is the network %v and no address of a container", a, n)
+		}
+		if a == broadcast(n) {
+			return fmt.Errorf("%v is the broadcast address of %v and no container's", a, n)
+		}
+	}
+	if a == netip.AddrFrom4([4]byte{255, 255, 255, 255}) {
+		return fmt.Errorf("%v is the broadcast address and no container's", a)
+	}
+	return nil
+}
+
+// broadcast is the last address of an IPv4 network.
+func broadcast(n netip.Prefix) netip.Addr {
+	a := n.Addr().As4()
+	for bit := n.Bits(); bit < 32; bit++ {
+		a[bit/8] |= 0x80 >> (bit % 8)
+	}
+	return netip.AddrFrom4(a)
+}
+
 // families are those that the host's side listens on.
 func (s Spec) families() (transport string, v4, v6 bool) {
 	switch s.Proto {

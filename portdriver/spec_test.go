@@ -250,3 +250,33 @@ func TestLimitsFor(t *testing.T) {
 		t.Errorf("of this process: %+v", l)
 	}
 }
+
+// Where no server of the container's can be, nothing is published: clients would meet us or nobody.
+func TestTargetsThatCannotBe(t *testing.T) {
+	d := bare(t, func(c *Config) {
+		c.Gateway4, c.Gateway6 = netip.MustParseAddr("10.0.2.2"), netip.MustParseAddr("fd00::2")
+		c.Subnets = []netip.Prefix{netip.MustParsePrefix("10.0.2.0/25"), netip.MustParsePrefix("fd00::/64"), netip.MustParsePrefix("10.9.9.9/31")}
+	})
+	for target, want := range map[string]string{
+		"10.0.2.2":        "is the gateway",
+		"fd00::2":         "is the gateway",
+		"10.0.2.0":        "is the network 10.0.2.0/25",
+		"10.0.2.127":      "is the broadcast address of 10.0.2.0/25",
+		"255.255.255.255": "is the broadcast address",
+		"10.0.2.128":      "", // of another network
+		"10.0.2.126":      "",
+		"10.9.9.8":        "", // RFC 3021: two hosts and no more
+		"fd00::":          "",
+		"127.0.0.1":       "",
+	} {
+		fs, err := d.Add(t.Context(), Spec{Proto: "tcp", Host: netip.MustParseAddr("127.0.0.1"), Container: netip.MustParseAddr(target), ContainerPort: 80})
+		switch {
+		case want == "" && err != nil:
+			t.Errorf("%s: %v", target, err)
+		case want != "" && err == nil:
+			t.Errorf("%s is published: %+v", target, fs)
+		case want != "" && !strings.Contains(err.Error(), want):
+			t.Errorf("%s: %q, want %q in it", target, err, want)
+		}
+	}
+}
