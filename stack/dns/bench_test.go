@@ -24,7 +24,7 @@ func BenchmarkQuestion(b *testing.B) {
 			msg := pack(b, new(dns.Msg).SetQuestion(test.name, dns.TypeA))
 			b.ReportAllocs()
 			for b.Loop() {
-				if q, _, forward := s.receive(msg); forward != test.forward {
+				if q, _, forward := s.receive(netip.Addr{}, msg); forward != test.forward {
 					b.Fatalf("passed on: %v", forward)
 				} else if forward {
 					disguise(&q)

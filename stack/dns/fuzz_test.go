@@ -18,7 +18,8 @@ func FuzzQuestion(f *testing.F) {
 	other := new(dns.Msg).SetQuestion("example.org.", dns.TypeAAAA)
 	transfer := new(dns.Msg).SetAxfr("example.org.")
 	update := new(dns.Msg).SetUpdate("example.org.")
-	for i, m := range []*dns.Msg{name, ptr, six, other, transfer, update} {
+	private := new(dns.Msg).SetQuestion("lb._dns-sd._udp.1.89.10.in-addr.arpa.", dns.TypePTR)
+	for i, m := range []*dns.Msg{name, ptr, six, other, transfer, update, private} {
 		m.Id = uint16(i) // seeds are the same in every run
 		b := pack(f, m)
 		f.Add(b)
@@ -29,16 +30,16 @@ func FuzzQuestion(f *testing.F) {
 
 	s, err := New(Config{
 		Upstreams: StaticUpstreams{},
-		Names: StaticNames(map[string][]netip.Addr{
+		Names: zoned{StaticNames(map[string][]netip.Addr{
 			"a.internal": {netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")},
-		}),
+		})},
 	})
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Fuzz(func(t *testing.T, msg []byte) {
 		before := bytes.Clone(msg)
-		q, answer, forward := s.receive(msg)
+		q, answer, forward := s.receive(netip.Addr{}, msg)
 		if !bytes.Equal(msg, before) {
 			t.Fatal("the message was changed")
 		}

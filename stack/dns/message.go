@@ -20,6 +20,7 @@ const (
 	rcodeNone     = 0
 	rcodeFormat   = 1
 	rcodeFailure  = 2
+	rcodeName     = 3
 	rcodeNotImpl  = 4
 	rcodeRefused  = 5
 	typeA         = 1

@@ -4,11 +4,12 @@ import (
 	"encoding/binary"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 )
 
-// Names are the names that the server answers itself. Both methods may be called
-// concurrently, once per question, and must not block.
+// Names are the names that the server answers itself. The methods may be called
+// concurrently, for each question, and must not block; nobody changes the slices that they return.
 type Names interface {
 	// Addrs returns the addresses of a name, and whether it is one of ours: a name of ours
 	// without an address of the family asked for exists (NODATA), and is never asked elsewhere. The
@@ -17,6 +18,11 @@ type Names interface {
 
 	// Name returns the name that an address has, for PTR.
 	Name(addr netip.Addr) (string, bool)
+
+	// Zones returns the domains, each with all names below it, and the networks, each with the names of the PTR records
+	// of all its addresses, in which there is nothing but what Addrs and Name know: all else in them is answered NXDOMAIN. An
+	// upstream knows nothing of private addresses, and must not learn of them, either (RFC 6303 §1).
+	Zones() (domains []string, subnets []netip.Prefix)
 }
 
 // nameTTL is the time, in seconds, for which clients may remember a name of ours: short, as
@@ -54,6 +60,9 @@ func (n staticNames) Name(addr netip.Addr) (string, bool) {
 	return name, ok
 }
 
+// Zones returns none: what is not among the names is asked upstream.
+func (n staticNames) Zones() ([]string, []netip.Prefix) { return nil, nil }
+
 // local answers a question about a name of ours; nil when it is not one.
 func (q *question) local(names Names) []byte {
 	if names == nil || q.name == "" || q.qclass != classInternet && q.qclass != classAny {
@@ -63,9 +72,9 @@ func (q *question) local(names Names) []byte {
 		name, ok := names.Name(addr)
 		data := packName(name)
 		if !ok || data == nil {
-			return nil
+			return q.zone(names)
 		}
-		out := q.authority()
+		out := q.authority(rcodeNone)
 		if q.qtype == typePTR || q.qtype == typeAny {
 			out = appendRecord(out, typePTR, data)
 		}
@@ -73,9 +82,9 @@ func (q *question) local(names Names) []byte {
 	}
 	addrs, ok := names.Addrs(q.name)
 	if !ok {
-		return nil
+		return q.zone(names)
 	}
-	out := q.authority()
+	out := q.authority(rcodeNone)
 	for _, a := range addrs {
 		a = a.Unmap()
 		kind := uint16(typeAAAA)
@@ -89,8 +98,33 @@ func (q *question) local(names Names) []byte {
 	return q.finish(out)
 }
 
-func (q *question) authority() []byte {
-	out := q.header(rcodeNone)
+// zone answers a question about a name that nobody has, if it is in a zone of ours; nil otherwise. There is no SOA
+// record with it, so that nobody remembers the answer (RFC 2308 §5): the name may have an owner in a moment.
+func (q *question) zone(names Names) []byte {
+	domains, subnets := names.Zones()
+	for _, d := range domains {
+		if rest, ok := strings.CutSuffix(q.name, d); ok && (rest == "" || strings.HasSuffix(rest, ".")) {
+			return q.finish(q.authority(rcodeName))
+		}
+	}
+	covers, leaf, ok := reverseZone(q.name)
+	if !ok {
+		return nil
+	}
+	for _, n := range subnets {
+		if !n.Overlaps(covers) || n.Bits() > covers.Bits() {
+			continue // others' addresses are below that name, too
+		}
+		if leaf {
+			return q.finish(q.authority(rcodeName))
+		}
+		return q.finish(q.authority(rcodeNone)) // an address below it may have a name (RFC 8020 §2)
+	}
+	return nil
+}
+
+func (q *question) authority(rcode int) []byte {
+	out := q.header(rcode)
 	out[2] |= flagAA
 	return out
 }
@@ -147,4 +181,38 @@ func reverse(name string) (netip.Addr, bool) {
 	}
 	addr, err := netip.ParseAddr(string(text))
 	return addr, err == nil
+}
+
+// reverseZone reads a name of the reverse trees: which addresses have their PTR records at it or below. A leaf has none
+// below it: it is the name of one address, or it goes on with what is no part of an address, as DNS-SD's does
+// (lb._dns-sd._udp.1.89.10.in-addr.arpa), and covers says where it is.
+func reverseZone(name string) (covers netip.Prefix, leaf, ok bool) {
+	var octets [16]byte
+	labels, most, bits, base := strings.TrimSuffix(name, ".in-addr.arpa"), 4, 8, 10
+	if labels == name {
+		labels, most, bits, base = strings.TrimSuffix(name, ".ip6.arpa"), 32, 4, 16
+		if labels == name {
+			return netip.Prefix{}, false, false
+		}
+	}
+	n := 0
+	for ; labels != "" && n < most; n++ {
+		dot := strings.LastIndexByte(labels, '.')
+		v, err := strconv.ParseUint(labels[dot+1:], base, bits)
+		if err != nil || base == 16 && len(labels)-dot != 2 {
+			leaf = true
+			break
+		}
+		if bits == 8 {
+			octets[n] = byte(v)
+		} else {
+			octets[n/2] |= byte(v) << (4 * (1 - n%2))
+		}
+		labels = labels[:max(dot, 0)]
+	}
+	addr := netip.AddrFrom16(octets)
+	if most == 4 {
+		addr = netip.AddrFrom4([4]byte(octets[:4]))
+	}
+	return netip.PrefixFrom(addr, n*bits), leaf || n == most, true
 }

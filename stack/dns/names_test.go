@@ -1,9 +1,11 @@
 package dns
 
 import (
+	"net"
 	"net/netip"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/miekg/dns"
 )
@@ -145,6 +147,112 @@ func TestPackName(t *testing.T) {
 		}
 		if back, _, err := dns.UnpackDomainName(got, 0); err != nil || back != name+"." {
 			t.Errorf("%q: %q %v", name, back, err)
+		}
+	}
+}
+
+// zoned has names in zones that are all ours.
+type zoned struct{ Names }
+
+func (zoned) Zones() ([]string, []netip.Prefix) {
+	return []string{"usernet.internal"}, []netip.Prefix{
+		netip.MustParsePrefix("10.89.1.0/24"), netip.MustParsePrefix("172.20.0.0/14"), netip.MustParsePrefix("192.0.2.128/25"),
+		netip.MustParsePrefix("fd12:3456::/64"),
+	}
+}
+
+func TestZones(t *testing.T) {
+	const known6 = "1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.6.5.4.3.2.1.d.f.ip6.arpa"
+	unknown6, other6 := "2"+known6[1:], known6[:32]+"1"+known6[33:]
+	const elsewhere = "asked elsewhere"
+	var asked atomic.Bool
+	cfg := with(resolver(t, func(w dns.ResponseWriter, q *dns.Msg) { asked.Store(true); code(dns.RcodeNameError)(w, q) }))
+	cfg.Names = zoned{StaticNames(map[string][]netip.Addr{
+		"db.web.usernet.internal": {netip.MustParseAddr("10.89.1.2"), netip.MustParseAddr("fd12:3456::1")},
+		"web.usernet.internal":    nil,
+	})}
+	_, addr := serve(t, cfg)
+	for _, tt := range []struct {
+		name string
+		kind uint16
+		want string // the rcode, and the data of the answer
+	}{
+		{"db.web.usernet.internal", dns.TypeA, "NOERROR 10.89.1.2"},
+		{"db.web.usernet.internal", dns.TypeMX, "NOERROR"},
+		{"web.usernet.internal", dns.TypeA, "NOERROR"},
+		{"nobody.web.usernet.internal", dns.TypeA, "NXDOMAIN"},
+		{"NOBODY.Web.usernet.internal", dns.TypeAAAA, "NXDOMAIN"},
+		{"usernet.internal", dns.TypeSOA, "NXDOMAIN"},
+		{"xusernet.internal", dns.TypeA, elsewhere},
+		{"internal", dns.TypeA, elsewhere},
+		{"nobody", dns.TypeA, elsewhere},
+
+		{"2.1.89.10.in-addr.arpa", dns.TypePTR, "NOERROR db.web.usernet.internal."},
+		{"3.1.89.10.in-addr.arpa", dns.TypePTR, "NXDOMAIN"},
+		{"3.1.89.10.in-addr.arpa", dns.TypeSOA, "NXDOMAIN"},
+		{"03.1.89.10.in-addr.arpa", dns.TypePTR, "NXDOMAIN"},
+		{"x.3.1.89.10.in-addr.arpa", dns.TypePTR, "NXDOMAIN"},
+		{"lb._dns-sd._udp.0.1.89.10.in-addr.arpa", dns.TypePTR, "NXDOMAIN"},
+		{"lb._dns-sd._udp.1.89.10.in-addr.arpa", dns.TypePTR, "NXDOMAIN"},
+		{"lb._dns-sd._udp.89.10.in-addr.arpa", dns.TypePTR, elsewhere},
+		{"1.89.10.in-addr.arpa", dns.TypeNS, "NOERROR"},
+		{"89.10.in-addr.arpa", dns.TypeNS, elsewhere},
+		{"in-addr.arpa", dns.TypeNS, elsewhere},
+		{"3.2.89.10.in-addr.arpa", dns.TypePTR, elsewhere},
+		{"1.1.23.172.in-addr.arpa", dns.TypePTR, "NXDOMAIN"},
+		{"1.1.24.172.in-addr.arpa", dns.TypePTR, elsewhere},
+		{"23.172.in-addr.arpa", dns.TypeNS, "NOERROR"},
+		{"200.2.0.192.in-addr.arpa", dns.TypePTR, "NXDOMAIN"},
+		{"100.2.0.192.in-addr.arpa", dns.TypePTR, elsewhere},
+		{"2.0.192.in-addr.arpa", dns.TypeNS, elsewhere},
+
+		{known6, dns.TypePTR, "NOERROR db.web.usernet.internal."},
+		{unknown6, dns.TypePTR, "NXDOMAIN"},
+		{"0." + unknown6, dns.TypePTR, "NXDOMAIN"},
+		{unknown6[2:], dns.TypePTR, "NOERROR"},
+		{unknown6[32:], dns.TypePTR, "NOERROR"},
+		{unknown6[34:], dns.TypePTR, elsewhere},
+		{other6, dns.TypePTR, elsewhere},
+	} {
+		asked.Store(false)
+		r := query(t, "udp", addr, tt.name, tt.kind)
+		got := dns.RcodeToString[r.Rcode]
+		for _, rr := range r.Answer {
+			got += " " + dns.Field(rr, 1)
+		}
+		if asked.Load() {
+			got = elsewhere
+		}
+		if got != tt.want {
+			t.Errorf("%s %s: %s, want %s", tt.name, dns.TypeToString[tt.kind], got, tt.want)
+		}
+		if got != elsewhere && !r.Authoritative {
+			t.Errorf("%s: not authoritative", tt.name)
+		}
+	}
+}
+
+// Who asks decides what the names are.
+func TestNamesFor(t *testing.T) {
+	cfg := with()
+	cfg.NamesFor = func(client netip.Addr) Names {
+		return StaticNames(map[string][]netip.Addr{"me.internal": {client}})
+	}
+	_, addr := serve(t, cfg)
+	for _, network := range []string{"udp", "tcp"} {
+		for _, from := range []string{"127.0.0.1", "127.0.0.2"} {
+			var local net.Addr = &net.UDPAddr{IP: net.ParseIP(from)}
+			if network == "tcp" {
+				local = &net.TCPAddr{IP: net.ParseIP(from)}
+			}
+			c := dns.Client{Net: network, Dialer: &net.Dialer{LocalAddr: local}, Timeout: 20 * time.Second}
+			r, _, err := c.Exchange(new(dns.Msg).SetQuestion("me.internal.", dns.TypeA), addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := address(t, r); got != from {
+				t.Errorf("%s from %s: %s", network, from, got)
+			}
 		}
 	}
 }

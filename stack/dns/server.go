@@ -32,6 +32,11 @@ type Config struct {
 	// Names are answered here. Nil: none.
 	Names Names
 
+	// NamesFor takes the place of Names where the answer depends on who asks. client is the address that the question
+	// came from, the zero Addr if it has none. It is called for each question, and what it returns is used for that one alone;
+	// it must not block. Nil: Names.
+	NamesFor func(client netip.Addr) Names
+
 	// Dial connects to an upstream, network being "udp" or "tcp". It must end when ctx does. A UDP conn must be
 	// connected, so that the kernel passes datagrams of that server alone, and have a source port of
 	// its own that cannot be guessed. Nil: net.Dialer, which has both.
@@ -103,6 +108,9 @@ func New(cfg Config) (*Server, error) {
 		cfg.Dial = func(ctx context.Context, network string, addr netip.AddrPort) (net.Conn, error) {
 			return d.DialContext(ctx, network, addr.String())
 		}
+	}
+	if cfg.NamesFor == nil {
+		cfg.NamesFor = func(netip.Addr) Names { return cfg.Names }
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
@@ -201,7 +209,7 @@ func (s *Server) Serve(ctx context.Context, pcs []net.PacketConn, lns []net.List
 
 // receive looks at a message. It returns the question to pass on, or its answer where that needs
 // no upstream, or neither.
-func (s *Server) receive(msg []byte) (q question, answer []byte, forward bool) {
+func (s *Server) receive(client netip.Addr, msg []byte) (q question, answer []byte, forward bool) {
 	q, rcode := parse(msg)
 	if rcode == drop {
 		return q, nil, false
@@ -211,7 +219,7 @@ func (s *Server) receive(msg []byte) (q question, answer []byte, forward bool) {
 		s.stats.malformed.Add(1)
 		return q, q.refuse(rcode), false
 	}
-	if answer := q.local(s.cfg.Names); answer != nil {
+	if answer := q.local(s.cfg.NamesFor(client)); answer != nil {
 		s.stats.answers.Add(1)
 		return q, answer, false
 	}

@@ -100,7 +100,7 @@ func (c *stream) serve(ctx context.Context) {
 		if err != nil {
 			return
 		}
-		q, answer, forward := c.receive(msg)
+		q, answer, forward := c.receive(c.client, msg)
 		if forward && !c.questions.take(c.client) {
 			answer, forward = c.overload(&q), false
 		}

@@ -34,8 +34,8 @@ func (s *Server) servePacket(ctx context.Context, pc net.PacketConn) error {
 			continue
 		}
 		said = false
-		q, answer, forward := s.receive(buf[:n])
 		client := clientOf(from)
+		q, answer, forward := s.receive(client, buf[:n])
 		if forward && !s.questions.take(client) {
 			answer, forward = s.overload(&q), false
 		}
