@@ -35,6 +35,10 @@ Inside, by default:
 Namespaces that run makes: user, network and mount. Your user is root inside; started with root's
 capabilities, every user is itself. COMMAND has its own /etc/resolv.conf and /etc/hosts.
 
+In the place of slirp4netns, with its options (usernet slirp4netns --help), when it is called by that name or
+with one that is not above: -c -e -r -m -6 -a -v --disable-dns --disable-host-loopback --enable-ipv6
+--enable-sandbox --enable-seccomp --macaddress --netns-type --target-type. podman and rootlesskit do that.
+
 Exit status: 0; 1 on failure; 2 on a mistake in the command line. Of run: COMMAND's own, 128+N when
 signal N ended it, 127 when it is not found, 126 when it cannot be executed, 125 on any failure of ours.
 `

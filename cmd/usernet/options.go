@@ -94,6 +94,9 @@ func parse(args []string, env func(string) string) (*options, error) {
 	return o, nil
 }
 
+// ownCommands are the words that are no namespace.
+var ownCommands = []string{"run", "port", "info", "version", "help"}
+
 func parseCommand(args []string, env func(string) string) (*options, error) {
 	if len(args) == 0 {
 		return nil, errors.New("which namespace? give its PID or path, or: usernet run COMMAND")
@@ -152,7 +155,7 @@ func parseAttach(args []string) (*options, error) {
 			return nil, errors.New("which namespace? give its PID or path, or --netns-path")
 		}
 		where, rest = rest[0], rest[1:]
-		if slices.Contains([]string{"run", "port", "info", "version", "help"}, where) {
+		if slices.Contains(ownCommands, where) {
 			return nil, fmt.Errorf("%q comes before every flag: usernet %[1]s ...; for a file of that name write ./%[1]s", where)
 		}
 		if digits(where) {

@@ -23,6 +23,8 @@ func slirpArgv(argv []string) ([]string, bool) {
 		return argv, true
 	case len(argv) > 1 && argv[1] == slirpName:
 		return argv[1:], true
+	case meansSlirp(argv[1:]):
+		return argv, true
 	}
 	return nil, false
 }
