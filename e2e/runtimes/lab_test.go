@@ -1,6 +1,7 @@
 package runtimes
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -29,7 +30,7 @@ const (
 	bin  = "/opt/lab/bin" // usernet, and slirp4netns that is a link to it
 
 	// patience is how long something that must happen may take on a busy machine.
-	patience = time.Minute
+	patience = 20 * time.Second
 )
 
 // A place is a network namespace of the lab with a thread in it that stays there.
@@ -242,4 +243,22 @@ func (l *labType) sysctl(t *testing.T, name, value string) {
 	}
 	set(value)
 	t.Cleanup(func() { set(before) })
+}
+
+// line sends something from the place and reads the line that comes back.
+func line(from *place, network, address, send string) (string, error) {
+	c, err := from.dial(network, address)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	// A datagram may be lost while nobody listens: whoever wants an answer asks again.
+	if err := c.SetDeadline(time.Now().Add(time.Second)); err != nil {
+		return "", err
+	}
+	if _, err := io.WriteString(c, send); err != nil {
+		return "", err
+	}
+	got, err := bufio.NewReader(c).ReadString('\n')
+	return strings.TrimSuffix(got, "\n"), err
 }

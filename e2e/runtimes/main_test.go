@@ -56,6 +56,7 @@ func run(m *testing.M) (int, error) {
 		return 1, err
 	}
 	lab = l
+	podmans["podman 4"] = lab
 	code := m.Run()
 	return code, lab.close()
 }
