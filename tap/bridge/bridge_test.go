@@ -24,6 +24,9 @@ func ops() netns.Ops {
 		"socket": netns.Handle(socket),
 		"state":  netns.Handle(state),
 		"change": netns.Handle(change),
+
+		"neighbour": netns.Handle(neighbour),
+		"received":  netns.Handle(received),
 	}
 	maps.Copy(all, tap.Ops())
 	maps.Copy(all, bridge.Ops())

@@ -113,7 +113,7 @@ func (c *Cable) attach(ctx context.Context, member *netns.NS) error {
 			return err
 		}
 		return c.dress(ctx, member)
-	case outer.Name != "" && outer.Type != typeTAP:
+	case outer.Name != "" && !(outer.Type == typeTAP && outer.Ours):
 		// The other end is gone, or somebody else's by now.
 		if err := Remove(ctx, c.bridge.ns, c.cfg.Port); err != nil {
 			return err
@@ -122,7 +122,7 @@ func (c *Cable) attach(ctx context.Context, member *netns.NS) error {
 	if inner.Type == typeTAP || c.cfg.Kind == TAPs {
 		return c.makeTAPs(ctx, member)
 	}
-	if outer.Name != "" && outer.Type == typeTAP {
+	if outer.Type == typeTAP && outer.Ours {
 		if err := Remove(ctx, c.bridge.ns, c.cfg.Port); err != nil {
 			return err
 		}
@@ -149,7 +149,10 @@ func (c *Cable) makeVeth(ctx context.Context, member *netns.NS) error {
 	case err != nil:
 		return fmt.Errorf("veth %s: %w", c.cfg.Port, err)
 	}
-	if err := c.dress(ctx, member); err != nil {
+	if err = c.dress(ctx, member); err == nil {
+		err = c.announce(ctx, member)
+	}
+	if err != nil {
 		return errors.Join(err, Remove(context.WithoutCancel(ctx), c.bridge.ns, c.cfg.Port))
 	}
 	return nil
@@ -166,6 +169,19 @@ func (c *Cable) dress(ctx context.Context, member *netns.NS) error {
 		return err
 	}
 	c.mac = inner.MAC
+	return nil
+}
+
+// announce has a veth's address told to the others, who may know a predecessor's MAC. When the member's end came up,
+// the bridge had not heard yet that its own end had a carrier, and dropped what was told then. What TAPs are told waits
+// for Run.
+func (c *Cable) announce(ctx context.Context, member *netns.NS) error {
+	if _, err := c.bridge.ns.Call(ctx, Ops(), opSettle, c.cfg.Port, nil); err != nil {
+		return fmt.Errorf("port %s: %w", c.cfg.Port, err)
+	}
+	if _, err := member.Call(ctx, Ops(), opAnnounce, c.cfg.Name, nil); err != nil {
+		return fmt.Errorf("interface %s: %w", c.cfg.Name, err)
+	}
 	return nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"unsafe"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -24,6 +25,9 @@ const (
 	opList   = "bridge.list"
 	opRemove = "bridge.remove"
 	opListen = "bridge.listen"
+
+	opSettle   = "bridge.settle"
+	opAnnounce = "bridge.announce"
 )
 
 // Ops are what this package does inside; a program adds them to the table of its helper, beside those of package tap.
@@ -36,6 +40,9 @@ func Ops() netns.Ops {
 		opList:   withNetlink(list),
 		opRemove: withNetlink(remove),
 		opListen: netns.Handle(listen),
+
+		opSettle:   netns.Handle(settle),
+		opAnnounce: withNetlink(announce),
 	}
 }
 
@@ -175,6 +182,38 @@ func veth(ctx context.Context, nl *netlink.Handle, a vethArgs) (_ struct{}, err 
 		if err = connect(nl, link, a.Bridge, a.MTU); err != nil {
 			err = errors.Join(err, nl.LinkDel(link))
 		}
+	}
+	return struct{}{}, err
+}
+
+// settle has the kernel do at once what it has put off about an interface's carrier, which a bridge waits for before
+// it forwards to a port. That is what asking for the carrier does (ethtool_op_get_link, net/ethtool/ioctl.c).
+func settle(_ context.Context, name string) (carrier bool, _ []*os.File, err error) {
+	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false, nil, err
+	}
+	defer unix.Close(s)
+	value := struct{ cmd, data uint32 }{cmd: unix.ETHTOOL_GLINK} // struct ethtool_value, include/uapi/linux/ethtool.h
+	var req struct {
+		name [unix.IFNAMSIZ]byte
+		data unsafe.Pointer
+		_    [16]byte // struct ifreq's union is longer
+	}
+	copy(req.name[:], name)
+	req.data = unsafe.Pointer(&value)
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(s), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&req))); errno != 0 {
+		return false, nil, fmt.Errorf("ask for its carrier: %w", errno)
+	}
+	return value.data != 0, nil, nil
+}
+
+// announce has the kernel tell everybody on the link of the interface's addresses, where arp_notify and ndisc_notify
+// are set: a MAC that is set anew, be it the same, counts as a change.
+func announce(_ context.Context, nl *netlink.Handle, name string) (struct{}, error) {
+	link, err := nl.LinkByName(name)
+	if err == nil {
+		err = nl.LinkSetHardwareAddr(link, link.Attrs().HardwareAddr)
 	}
 	return struct{}{}, err
 }

@@ -129,7 +129,10 @@ type deed struct {
 	Name             string
 	Make             string // "dummy", "bridge" or "tap" that nobody is attached to
 	Delete, Down, Up bool
-	Addr             string
+	Alias            string
+	Bare             bool // its addresses are taken away
+	Free             bool // it is a port no more
+	Toggle           int  // so many times down and up
 }
 
 func change(_ context.Context, d deed) (_ struct{}, _ []*os.File, err error) {
@@ -163,11 +166,51 @@ func change(_ context.Context, d deed) (_ struct{}, _ []*os.File, err error) {
 	if err == nil && d.Up {
 		err = nl.LinkSetUp(link)
 	}
-	if err == nil && d.Addr != "" {
-		var a *netlink.Addr
-		if a, err = netlink.ParseAddr(d.Addr); err == nil {
-			err = nl.AddrAdd(link, a)
-		}
+	if err == nil && d.Alias != "" {
+		err = nl.LinkSetAlias(link, d.Alias)
+	}
+	if err == nil && d.Free {
+		err = nl.LinkSetNoMaster(link)
+	}
+	for range d.Toggle {
+		err = errors.Join(err, nl.LinkSetDown(link), nl.LinkSetUp(link))
+	}
+	if err != nil || !d.Bare {
+		return struct{}{}, nil, err
+	}
+	addrs, err := nl.AddrList(link, netlink.FAMILY_ALL)
+	for _, a := range addrs {
+		err = errors.Join(err, nl.AddrDel(link, &a))
 	}
 	return struct{}{}, nil, err
+}
+
+// neighbour tells at which MAC an address is believed to be, "" where that is not known.
+func neighbour(_ context.Context, addr netip.Addr) (mac string, _ []*os.File, err error) {
+	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return "", nil, err
+	}
+	defer nl.Close()
+	all, err := nl.NeighList(0, netlink.FAMILY_ALL)
+	for _, n := range all {
+		if ip, ok := netip.AddrFromSlice(n.IP); ok && ip.Unmap() == addr && n.State&unix.NUD_FAILED == 0 {
+			mac = n.HardwareAddr.String()
+		}
+	}
+	return mac, nil, err
+}
+
+// received tells how many frames an interface has got.
+func received(_ context.Context, name string) (uint64, []*os.File, error) {
+	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer nl.Close()
+	link, err := nl.LinkByName(name)
+	if err != nil {
+		return 0, nil, err
+	}
+	return link.Attrs().Statistics.RxPackets, nil, nil
 }
