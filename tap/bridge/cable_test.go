@@ -42,6 +42,19 @@ func (m *member) dial(t testing.TB, network string, from, to netip.Addr) net.Con
 	return c
 }
 
+// receiver takes datagrams, at port 80.
+func (m *member) receiver(t testing.TB) net.PacketConn {
+	t.Helper()
+	f := call(t, m.ns, "socket", wanted{Network: "udp", Addr: netip.AddrPortFrom(m.addr, 80)}, nil)[0]
+	c, err := net.FilePacketConn(f)
+	f.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
 // connection is a TCP connection from one member to another, both ends.
 func connection(t testing.TB, from, to *member, six bool) (client, server net.Conn) {
 	t.Helper()
@@ -123,13 +136,13 @@ func TestMembersTalk(t *testing.T) {
 				transfer(t, x, y, 8<<20) // super-segments, as soon as there is some window
 				transfer(t, y, x, 1<<20)
 			}
-			server := call(t, b.ns, "socket", wanted{Network: "udp", Addr: netip.AddrPortFrom(b.addr, 80)}, nil)[0]
+			server := b.receiver(t)
 			c := a.dial(t, "udp", a.addr, b.addr)
 			if _, err := c.Write([]byte("hi")); err != nil {
 				t.Fatal(err)
 			}
 			got := make([]byte, 10)
-			if n, _, err := unix.Recvfrom(int(server.Fd()), got, 0); err != nil || string(got[:n]) != "hi" {
+			if n, _, err := server.ReadFrom(got); err != nil || string(got[:n]) != "hi" {
 				t.Errorf("%s to %s: %q, %v", kinds[i].name, kinds[(i+1)%len(kinds)].name, got[:n], err)
 			}
 		}

@@ -296,10 +296,7 @@ func TestRunEnds(t *testing.T) {
 func TestJoinsAndLeaves(t *testing.T) {
 	s := newSite(t, 1500)
 	a, b := s.join(t, 1, 0), s.join(t, 2, 2)
-	server := call(t, b.ns, "socket", wanted{Network: "udp", Addr: netip.AddrPortFrom(b.addr, 80)}, nil)[0]
-	if err := unix.SetsockoptTimeval(int(server.Fd()), unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: connectPatience}); err != nil {
-		t.Fatal(err)
-	}
+	server := b.receiver(t)
 	client := a.dial(t, "udp", a.addr, b.addr)
 
 	// One datagram at a time, each answered for: the next goes when the one before has come.
@@ -314,7 +311,10 @@ func TestJoinsAndLeaves(t *testing.T) {
 				break
 			}
 			var n int
-			if n, _, err = unix.Recvfrom(int(server.Fd()), buf, 0); err == nil && string(buf[:n]) != want {
+			if err = server.SetReadDeadline(time.Now().Add(patience)); err != nil {
+				break
+			}
+			if n, _, err = server.ReadFrom(buf); err == nil && string(buf[:n]) != want {
 				err = fmt.Errorf("datagram %q, want %q", buf[:n], want)
 			}
 		}

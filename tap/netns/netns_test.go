@@ -46,6 +46,13 @@ var ops = netns.Ops{
 		}
 		return netns.AtEnd(ctx, c.Name, func() { os.WriteFile(c.Name, []byte(c.Text), 0o666) }), nil, nil
 	}),
+	"sent": netns.Handle(func(ctx context.Context, _ struct{}) (files []string, _ []*os.File, err error) {
+		for _, fd := range netns.Sent(ctx) {
+			what, e := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+			files, err = append(files, what), errors.Join(err, e)
+		}
+		return files, nil, err
+	}),
 	"large": netns.Handle(func(_ context.Context, size int) (string, []*os.File, error) {
 		return strings.Repeat("x", size), nil, nil
 	}),
@@ -806,5 +813,46 @@ func TestProcOfAnotherPIDNamespace(t *testing.T) {
 	}
 	if n, err := netns.OpenPath(dir + "/1/ns/net"); err == nil || !strings.Contains(err.Error(), "another PID namespace") {
 		t.Errorf("opened %v, %v", n, err)
+	}
+}
+
+// A descriptor that goes along is the same file inside, and is closed there after the call.
+func TestCallWith(t *testing.T) {
+	for _, helper := range []bool{false, true} {
+		n := taptest.NewNS(t, taptest.OwnerRoot).Open(t)
+		if helper {
+			n.UseHelper()
+		}
+		other := taptest.NewNS(t, taptest.OwnerRoot)
+		o := other.Open(t)
+		var before, after place
+		if _, err := n.Call(t.Context(), ops, "where", struct{}{}, &before); err != nil {
+			t.Fatal(err)
+		}
+		for range 3 {
+			var got []string
+			if _, err := n.CallWith(t.Context(), ops, "sent", struct{}{}, &got, o.FD(), int(os.Stdin.Fd())); err != nil {
+				t.Fatal(err)
+			}
+			if len(got) != 2 || got[0] != link(t, other.Path()) || got[1] != link(t, "/proc/self/fd/0") {
+				t.Errorf("helper %v: inside they are %q", helper, got)
+			}
+		}
+		if _, err := n.CallWith(t.Context(), ops, "fail", "oops", nil, o.FD()); !errors.Is(err, unix.EBUSY) {
+			t.Error(err)
+		}
+		if _, err := n.Call(t.Context(), ops, "where", struct{}{}, &after); err != nil {
+			t.Fatal(err)
+		}
+		if fmt.Sprint(after.Files) != fmt.Sprint(before.Files) {
+			t.Errorf("helper %v: it had open\n%q and has\n%q", helper, before.Files, after.Files)
+		}
+		var got []string
+		if _, err := n.Call(t.Context(), ops, "sent", struct{}{}, &got); err != nil || len(got) != 0 {
+			t.Errorf("a call without: %q, %v", got, err)
+		}
+		if _, err := n.CallWith(t.Context(), ops, "sent", struct{}{}, nil, make([]int, 300)...); n.Direct() == errors.Is(err, unix.EMSGSIZE) {
+			t.Errorf("direct %v, more than a message takes: %v", n.Direct(), err)
+		}
 	}
 }

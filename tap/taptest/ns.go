@@ -66,6 +66,11 @@ func NewNS(t testing.TB, owner Owner) *Namespace {
 // a child of that. Its process is root there, as ns's must be.
 func NewNSIn(t testing.TB, ns *Namespace, below bool) *Namespace {
 	t.Helper()
+	for _, name := range []string{"nsenter", "unshare"} {
+		if _, err := exec.LookPath(name); err != nil {
+			t.Skipf("no %s (util-linux) here", name)
+		}
+	}
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)

@@ -71,3 +71,47 @@ func TestCommand(t *testing.T) {
 		t.Errorf("%s, %v; want %s", out, err, want)
 	}
 }
+
+// owner is the inode of the user namespace that owns a network namespace, by the user namespaces above it.
+func owner(t *testing.T, path string, above int) uint64 {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	fd, err := unix.IoctlRetInt(int(f.Fd()), unix.NS_GET_USERNS)
+	for range above {
+		if err != nil {
+			break
+		}
+		parent, e := unix.IoctlRetInt(fd, unix.NS_GET_PARENT)
+		unix.Close(fd)
+		fd, err = parent, e
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Ino
+}
+
+func TestNewNSIn(t *testing.T) {
+	ns := taptest.NewNS(t, taptest.OwnerRoot)
+	beside, below := taptest.NewNSIn(t, ns, false), taptest.NewNSIn(t, ns, true)
+	want := owner(t, ns.Path(), 0)
+	if owner(t, beside.Path(), 0) != want || owner(t, below.Path(), 0) == want || owner(t, below.Path(), 1) != want {
+		t.Errorf("owners are %d, %d and %d below %d; want the first two and the last alike",
+			want, owner(t, beside.Path(), 0), owner(t, below.Path(), 0), owner(t, below.Path(), 1))
+	}
+	for _, n := range []*taptest.Namespace{beside, below} {
+		n.End()
+		if _, err := os.Stat(n.Path()); err == nil {
+			t.Error("its process outlived End")
+		}
+	}
+}
