@@ -42,6 +42,7 @@ type Config struct {
 	Internal bool         `json:"internal,omitempty"` // no way out
 	MTU      int          `json:"mtu,omitempty"`      // of IP packets, octets; 0: DefaultMTU
 	Domain   string       `json:"domain,omitempty"`   // empty: NAME.usernet.internal
+	Persist  bool         `json:"persist,omitempty"`  // it is served also while nobody is a member
 }
 
 // A Network as inspect shows it and state.json has it: a copy, whose changes change nothing.
@@ -56,6 +57,7 @@ type Network struct {
 	Internal bool         `json:"internal"`
 	MTU      int          `json:"mtu"`
 	Domain   string       `json:"domain"`
+	Persist  bool         `json:"persist,omitempty"`
 
 	Members []Member `json:"members"` // in the order of joining
 	Former  []Lease  `json:"former,omitempty"`
@@ -130,7 +132,7 @@ func (s *Set) plan(cfg Config, host []netip.Prefix) (*network, error) {
 		return nil, exhaustedf("network %q: there are %d already, and no more are possible: remove one", cfg.Name, maxNetworks)
 	}
 	n := &network{Network: Network{
-		Name: cfg.Name, Internal: cfg.Internal,
+		Name: cfg.Name, Internal: cfg.Internal, Persist: cfg.Persist,
 		MTU:    cmp.Or(cfg.MTU, DefaultMTU),
 		Domain: cmp.Or(cfg.Domain, cfg.Name+"."+Zone),
 	}}

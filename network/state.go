@@ -93,7 +93,7 @@ func Restore(st State, hosts ...string) (*Set, error) {
 func (s *Set) restore(r *Network) error {
 	n, err := s.plan(Config{
 		Name: r.Name, Subnet: r.Subnet, Subnet6: r.Subnet6, NoIPv6: !r.Subnet6.IsValid(),
-		Internal: r.Internal, MTU: r.MTU, Domain: r.Domain,
+		Internal: r.Internal, MTU: r.MTU, Domain: r.Domain, Persist: r.Persist,
 	}, nil)
 	if err != nil {
 		return err
