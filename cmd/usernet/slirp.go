@@ -119,28 +119,28 @@ func slirpOptions(s *slirp4netns.Options) (*options, error) {
 // slirpOutbound takes what usernet's own flags refuse: the loopback, from which nothing leaves the host. There are those who
 // mean just that, for it leaves the host's own servers within reach.
 func slirpOutbound(s *slirp4netns.Options) (forwarder.Outbound, error) {
-	lo4, to4 := loopback(s.Outbound4, "127.0.0.1")
-	lo6, to6 := loopback(s.Outbound6, "::1")
+	lo4, to4 := loopback(s.Outbound4, netip.AddrFrom4([4]byte{127, 0, 0, 1}))
+	lo6, to6 := loopback(s.Outbound6, netip.IPv6Loopback())
 	o, err := forwarder.ParseOutbound(to4, to6)
 	if err != nil {
 		return o, fmt.Errorf("outbound-addr has to be valid ipv4 address or interface name: %w", err)
 	}
-	if lo4.Is4() {
+	if lo4.IsValid() {
 		o.Addr4 = lo4
 	}
-	if lo6.Is6() {
+	if lo6.IsValid() {
 		o.Addr6 = lo6
 	}
 	o.ToLoopback = true
 	return o, nil
 }
 
-// loopback reads a loopback address, or lo, whose address it knows; what is none it returns as it is.
-func loopback(s, lo string) (netip.Addr, string) {
+// loopback reads a loopback address of lo's family, or the name lo; all else it returns as it is.
+func loopback(s string, lo netip.Addr) (netip.Addr, string) {
 	if s == "lo" {
-		s = lo
+		return lo, ""
 	}
-	if a, err := netip.ParseAddr(s); err == nil && a.IsLoopback() && !a.Is4In6() {
+	if a, err := netip.ParseAddr(s); err == nil && a.IsLoopback() && a.Is4() == lo.Is4() && !a.Is4In6() {
 		return a, ""
 	}
 	return netip.Addr{}, s
