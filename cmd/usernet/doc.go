@@ -5,6 +5,7 @@
 //	main.go      which command; exit statuses
 //	options.go   argv to options, a pure function
 //	flags.go     the flags; help.go their text
+//	slirp.go     slirp4netns's command line, by package slirp4netns, to the same options; dialect.go knows it when it sees it
 //	plan.go      the addresses of the namespace, a pure function; shadow.go what they hide
 //	attach.go    usernet PID|PATH: what the process does before and after the engine
 //	run.go       usernet run: the same around a child process; stage.go is that child,
