@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -236,18 +237,33 @@ func (s *Server) deleteForward(w http.ResponseWriter, r *http.Request) {
 		failWith(w, err)
 		return
 	}
-	drain := false
-	if text := r.URL.Query().Get("drain"); text != "" {
-		if drain, err = strconv.ParseBool(text); err != nil {
-			fail(w, badRequest("drain is true or false, not %q", text))
-			return
-		}
+	drain, err := readDrain(r.URL.RawQuery)
+	if err != nil {
+		failWith(w, err)
+		return
 	}
 	if err := s.cfg.Ports.Remove(r.Context(), id, drain); err != nil {
 		failWith(w, err)
 		return
 	}
 	w.WriteHeader(http.StatusNoContent)
+}
+
+// readDrain is as strict as readAdd: who has misspelt drain wants no connection to be reset.
+func readDrain(query string) (drain bool, err error) {
+	values, err := url.ParseQuery(query)
+	if err != nil {
+		return false, badRequest("%v", err)
+	}
+	for key, value := range values {
+		if key != "drain" || len(value) > 1 {
+			return false, badRequest("?%s: there is drain, once, and nothing else", query)
+		}
+		if drain, err = strconv.ParseBool(value[0]); err != nil {
+			return false, badRequest("drain is true or false, not %q", value[0])
+		}
+	}
+	return drain, nil
 }
 
 func (s *Server) forwardID(r *http.Request) (int, error) {

@@ -338,14 +338,20 @@ func TestForwardsAreReadStrictly(t *testing.T) {
 		}
 	}
 	for url, want := range map[string]int{
-		"/v1/usernet/forwards/x":          400,
-		"/v1/usernet/forwards/1?drain=no": 400,
-		"/v1/usernet/forwards/1":          404,
-		"/v1/usernet/forwards/1e9":        400,
-		"/v1/usernet/forwards":            405,
-		"/v1/usernet/info":                405,
-		"/v1/usernet/nothing":             404,
-		"/v1/usernet/debug/pprof/heap":    404, // not asked for
+		"/v1/usernet/forwards/x":                 400,
+		"/v1/usernet/forwards/1?drain=no":        400,
+		"/v1/usernet/forwards/1?drain=":          400,
+		"/v1/usernet/forwards/1?drian=1":         400,
+		"/v1/usernet/forwards/1?drain=%z":        400,
+		"/v1/usernet/forwards/1?drain=1;":        400,
+		"/v1/usernet/forwards/1?drain=1&drain=1": 400,
+		"/v1/usernet/forwards/1?drain=1":         404,
+		"/v1/usernet/forwards/1":                 404,
+		"/v1/usernet/forwards/1e9":               400,
+		"/v1/usernet/forwards":                   405,
+		"/v1/usernet/info":                       405,
+		"/v1/usernet/nothing":                    404,
+		"/v1/usernet/debug/pprof/heap":           404, // not asked for
 	} {
 		status, kind, answer := request(t, path, "DELETE", url, "")
 		if status != want || kind != "application/json" || !strings.Contains(answer, `"message":"`) {

@@ -34,7 +34,7 @@ import (
 // A PublishedUDP is a UDP port of the host that leads to the container.
 type PublishedUDP struct {
 	f        *Forwarder
-	to4, to6 netip.AddrPort // one may be zero
+	to4, to6 netip.AddrPort // each may be zero
 	sock     *socket
 	count    counter
 	closing  sync.Once
@@ -62,7 +62,7 @@ func (c *client) key() clientKey { return clientKey{c.forward, c.real, c.at} }
 
 // PublishUDP leads what comes to fd to the container, at most one address of each family, until Close.
 // fd is a bound UDP socket of the host, which the Forwarder owns from then on, also when it fails; it may
-// be one for IPv4 and IPv6.
+// be one for IPv4 and IPv6. Without an address clients are led nowhere but Through sockets.
 //
 // The container sees the client's own address, except for clients of the host's loopback, on its links
 // (link-local) and those whose address belongs to the container's network, or to the family
@@ -100,9 +100,6 @@ func aim(to4, to6 *netip.AddrPort, to []netip.AddrPort) error {
 			return fmt.Errorf("to %v: want a port of one address of the container for each family", to)
 		}
 		*mine = ap
-	}
-	if len(to) == 0 {
-		return errors.New("to no address of the container")
 	}
 	return nil
 }
@@ -274,6 +271,9 @@ func (p *PublishedUDP) alias(real netip.Addr) (to netip.AddrPort, addr netip.Add
 	}
 	if !to.IsValid() {
 		to = other
+	}
+	if !to.IsValid() {
+		return to, addr, false
 	}
 	addr = p.f.cfg.Policy.Gateway4
 	if to.Addr().Is6() {

@@ -726,7 +726,7 @@ func TestPublishUDPErrors(t *testing.T) {
 		return err == unix.EBADF
 	}
 	for _, to := range [][]netip.AddrPort{
-		nil, {{}}, {web4, web4}, {netip.AddrPortFrom(web4.Addr(), 0)},
+		{{}}, {web4, web4}, {netip.AddrPortFrom(web4.Addr(), 0)},
 		{netip.MustParseAddrPort("[::ffff:10.0.2.100]:80")}, {netip.MustParseAddrPort("[fe80::1%eth0]:80")},
 	} {
 		fd, _ := boundSocket(t, "127.0.0.1:0")

@@ -128,6 +128,7 @@ type fakeKit struct {
 	transparent error // that of Transparent
 	socket      error // that of Socket; nil: a socket of our own namespace
 	mu          sync.Mutex
+	mute        error // that of Sockets
 	listening   []inside.Listening
 	looks       int
 	prepared    []inside.Kind
@@ -155,6 +156,12 @@ func (k *fakeKit) Socket(_ context.Context, kind inside.Kind) (int, error) {
 		err = errors.Join(unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1))
 	}
 	return fd, err
+}
+
+func (k *fakeKit) Sockets() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.mute
 }
 
 func (k *fakeKit) Transparent(bool) error { return k.transparent }

@@ -46,6 +46,36 @@ func TestRoutingIsTakenAway(t *testing.T) {
 	}
 }
 
+// A container that takes its lo down for longer than the routing is looked at once gets the kernel path back when it is up again.
+func TestLoopbackComesBack(t *testing.T) {
+	l := newLab(t, labConfig{})
+	l.sayWho("tcp4", "0.0.0.0:80")
+	f := l.add("203.0.113.1:0:80")[0]
+	set := func(state string) {
+		t.Helper()
+		if out, err := l.space.Command("ip", "link", "set", "lo", state).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	// Whatever the path, the server sees the client.
+	path := func(want string) func() bool {
+		return func() bool {
+			if who := seenBy(t, dial(t, "tcp", at(host4, f))); who.Addr() != host4 {
+				t.Errorf("seen as %v", who)
+			}
+			f, _ := l.driver.Get(f.ID)
+			return f.Path == want
+		}
+	}
+	set("down")
+	until(t, "lo is found to be down", path(PathStack))
+	if f, _ := l.driver.Get(f.ID); !strings.Contains(f.Note, "lo is down") {
+		t.Errorf("%+v", f)
+	}
+	set("up")
+	until(t, "the kernel path is back", path(PathKernel))
+}
+
 // An address that the container loses, and one that it gets, are noticed.
 func TestAddressMoves(t *testing.T) {
 	l := newLab(t, labConfig{})

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"usernet/forwarder/relay"
+	"usernet/tap/inside"
 )
 
 func TestConformance(t *testing.T) {
@@ -470,6 +471,43 @@ func TestFallsBack(t *testing.T) {
 
 // loopbackOfOurs is an address that our own namespace, which fakeKit's sockets belong to, has.
 var loopbackOfOurs = host4
+
+// Where the helper in the namespace is gone it is said that the container's loopback is not reached.
+func TestHelperIsGone(t *testing.T) {
+	for _, path := range []string{PathAuto, PathKernel} {
+		t.Run(path, func(t *testing.T) {
+			d := bare(t, func(c *Config) {
+				c.Path = path
+				c.Stack = dialFunc(hang)
+			})
+			k := &fakeKit{}
+			k.listen(inside.Listening{Proto: "udp", Addr: netip.MustParseAddrPort("127.0.0.1:53")})
+			d.kit = k
+			fs := publish(t, d, "203.0.113.1:0:80", "0:127.0.0.1:81", "0:53/udp", "0:54/udp", "0:10.0.2.7:55/udp")
+			if i := d.Info(); !i.IPv4.Loopback || i.IPv4.WhyNotKernel != "" {
+				t.Errorf("before: %+v", i.IPv4)
+			}
+			k.mu.Lock()
+			k.mute = errors.New("the helper is dead")
+			k.transparent = k.mute
+			k.mu.Unlock()
+			const why, not = "the helper is dead", "not reached"
+			want := [][3]string{{PathStack, why, not}, {"", why, ""}, {"", why, not}, {PathTAP, "", not}, {PathTAP, "", ""}}
+			if path == PathKernel {
+				want[0] = [3]string{"", why, ""}
+			}
+			for i, want := range want {
+				f, _ := d.Get(fs[i].ID)
+				if f.Path != want[0] || !strings.Contains(f.Note, want[1]) || !strings.Contains(f.Note, want[2]) || want[1] == "" && want[2] == "" && f.Note != "" {
+					t.Errorf("%v: path %q, note %q; want %q", f.Spec, f.Path, f.Note, want)
+				}
+			}
+			if i := d.Info(); i.IPv4.Loopback || i.IPv4.WhyNotKernel != why || i.IPv4.Path != want[0][0] {
+				t.Errorf("%+v", i.IPv4)
+			}
+		})
+	}
+}
 
 func TestNoPath(t *testing.T) {
 	d := bare(t, func(c *Config) { c.WhyNoKernel = errors.New("it is forbidden") })

@@ -58,7 +58,8 @@ type StackDialer interface {
 }
 
 // UDPPublisher sends on what comes at fd, a bound, non-blocking UDP socket that it owns, also on an error.
-// to is at most one address of each family; a client goes to that of its own, or else to the other.
+// to is at most one address of each family; a client goes to that of its own, or else to the other. Without any, clients
+// are led nowhere before Through says where.
 type UDPPublisher interface {
 	PublishUDP(fd int, to ...netip.AddrPort) (UDPForward, error)
 
@@ -89,6 +90,7 @@ type UDPStats struct {
 // kit is what we use of *inside.Kit; tests put others in its place.
 type kit interface {
 	Socket(ctx context.Context, kind inside.Kind) (fd int, err error)
+	Sockets() error
 	Transparent(v6 bool) error
 	Doubt()
 	Ready(kind inside.Kind) (fd int, ok bool)

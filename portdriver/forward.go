@@ -36,7 +36,7 @@ type forward struct {
 	file      *sockfile.File // of a unix socket
 	listeners []*relay.Listener
 	udp       UDPForward
-	inside    atomic.Pointer[[]netip.AddrPort] // where UDP is led inside; nil: by the TAP. Written under Driver.looking
+	inside    atomic.Pointer[[]netip.AddrPort] // where UDP is led inside; nil: by the TAP. Written by start, then under Driver.looking
 	stopped   sync.Once
 	stopErr   error
 
@@ -76,7 +76,9 @@ func (d *Driver) start(fs []*forward) error {
 				if err != nil {
 					return err
 				}
-				f.udp = u
+				if f.udp = u; f.spec.Container.IsLoopback() {
+					f.lead(binding{})
+				}
 				continue
 			}
 			ln, err := d.cfg.Loop.Listen(fd, f.accepted)

@@ -50,7 +50,7 @@ func (d *Driver) pathInfo(v4 bool) *PathInfo {
 	if !dst.IsValid() {
 		return nil
 	}
-	p := &PathInfo{Path: PathKernel, Loopback: d.kit != nil && d.cfg.Path != PathStack}
+	p := &PathInfo{Path: PathKernel, Loopback: d.noSockets() == nil}
 	if why := d.whyNoKernel(dst); why != nil {
 		p.WhyNotKernel = why.Error()
 		switch {

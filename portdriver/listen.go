@@ -28,7 +28,11 @@ func (d *Driver) open(specs []Spec) (fs []*forward, err error) {
 			return fs, fmt.Errorf("publish %v: UDP ports are not published here", spec)
 		}
 		if spec.udp() && len(f.udpTargets()) == 0 {
-			return fs, fmt.Errorf("publish %v: the container has no address that datagrams could go to", spec)
+			if why := d.noSockets(); why != nil && len(f.loopbacks) > 0 {
+				return fs, fmt.Errorf("publish %v: datagrams reach the container's loopback by the kernel path alone (%w): let the server listen on its address, or on all", spec, why)
+			} else if why != nil || len(f.loopbacks) == 0 {
+				return fs, fmt.Errorf("publish %v: the container has no address that datagrams could go to", spec)
+			}
 		}
 		if err := f.bind(); err != nil {
 			return fs, blameRequest(err, fs)

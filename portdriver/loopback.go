@@ -12,7 +12,8 @@ import (
 
 // UDP goes by the TAP, but for the ports that are bound in the container on its loopback alone: nothing that comes by the
 // TAP gets there. Their clients go through sockets of the namespace. UDP has no connect that would be refused
-// in time, so it is looked beforehand, at Add and then as often as Auto looks, with the same question.
+// in time, so it is looked beforehand, at Add and then as often as Auto looks, with the same question. Who has named an
+// address of the loopback is led there without a look.
 
 // mayEnter tells whether f may be led to the container's loopback.
 func (f *forward) mayEnter() bool {
@@ -92,7 +93,9 @@ func (b binding) and(a netip.Addr) binding {
 // lead has f's new clients led to where its port is bound.
 func (f *forward) lead(b binding) {
 	var to []netip.AddrPort
-	if !b.more {
+	if f.spec.Container.IsLoopback() {
+		to = append(to, netip.AddrPortFrom(f.spec.Container, f.spec.ContainerPort))
+	} else if !b.more {
 		for _, a := range f.loopbacks {
 			if a == loopback4 && b.lo4 || a == loopback6 && b.lo6 {
 				to = append(to, netip.AddrPortFrom(a, f.spec.ContainerPort))
@@ -133,11 +136,16 @@ func (d *Driver) udpSocket(v6 bool) (int, error) {
 
 // udpPath is pathOf for UDP.
 func (f *forward) udpPath() (path, note string) {
-	if to := f.inside.Load(); to != nil {
-		return PathKernel, fmt.Sprintf("the server is on the container's loopback alone: its clients appear as %v", (*to)[0].Addr())
-	}
-	if !f.mayEnter() && len(f.loopbacks) > 0 {
+	to, why := f.inside.Load(), f.d.noSockets()
+	switch {
+	case to == nil && why != nil && len(f.loopbacks) > 0:
 		return PathTAP, "a server on the container's loopback alone is not reached"
+	case to == nil:
+		return PathTAP, ""
+	case why != nil:
+		return "", fmt.Sprintf("the server is on the container's loopback alone, which is not reached: %v", why)
+	case (*to)[0].Addr().Is4():
+		return PathKernel, fmt.Sprintf("the server is on the container's loopback alone: its clients appear as %v", loopback4)
 	}
-	return PathTAP, ""
+	return PathKernel, fmt.Sprintf("the server is on the container's loopback alone: its clients appear as %v", loopback6)
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 	"golang.org/x/sys/unix"
 
 	"usernet/tap/inside"
@@ -115,6 +116,46 @@ func TestUDPLoopbackChanges(t *testing.T) {
 		<-served
 		if f, _ := l.driver.Get(f.ID); f.Path != PathTAP {
 			t.Errorf("%+v", f)
+		}
+	}
+}
+
+// Who names an address of the loopback is led there whoever else has the port; dockerd does where rootlesskit's API says that
+// the loopback is reached.
+func TestUDPLoopbackByName(t *testing.T) {
+	l := newLab(t, labConfig{})
+	for _, addr := range []string{"127.0.0.1:53", "10.0.2.100:53", "[::1]:54", "127.0.0.9:55", "0.0.0.0:56"} {
+		go repeat(l.listenUDP("udp", addr))
+	}
+	fs := l.add("0:127.0.0.1:53/udp", "0:[::1]:54/udp", "0:127.0.0.9:55/udp", "0:127.0.0.1:56/udp")
+	added, err := l.driver.Manager().AddPort(t.Context(), port.Spec{Proto: "udp", ParentIP: "203.0.113.1", ParentPort: 5353, ChildIP: "127.0.0.1", ChildPort: 53})
+	if err != nil {
+		t.Fatal(err)
+	}
+	last, _ := l.driver.Get(added.ID)
+	for i, f := range append(fs, last) {
+		want := loopback4
+		if i == 1 {
+			want = loopback6
+		}
+		// As it was led at first, and after who listens was looked at.
+		for range 2 {
+			if f, _ := l.driver.Get(f.ID); f.Path != PathKernel || !strings.Contains(f.Note, want.String()) {
+				t.Errorf("%v: path %s, note %q", f.Spec, f.Path, f.Note)
+			}
+			if who := asked(t, host4, f); who.Addr() != want {
+				t.Errorf("%v: seen as %v, want %v", f.Spec, who, want)
+			}
+			if _, err := l.driver.look(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, c := range []labConfig{{path: PathStack}, {noKit: true}} {
+		l := newLab(t, c)
+		f, err := l.driver.Add(t.Context(), Spec{Proto: "udp", Container: loopback4, ContainerPort: 53})
+		if err == nil || !strings.Contains(err.Error(), "by the kernel path alone") {
+			t.Errorf("without the kernel path: %+v, %v", f, err)
 		}
 	}
 }

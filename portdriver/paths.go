@@ -24,6 +24,7 @@ func (d *Driver) choose(ctx context.Context, src netip.AddrPort, dst netip.Addr)
 		return kind, PathStack, nil
 	}
 	if kind.Transparent && d.kit.Transparent(kind.V6) != nil {
+		d.kit.Doubt() // it may have become possible: lo is up again, say
 		if d.stackLeads(dst) {
 			return kind, PathStack, nil
 		}
@@ -123,26 +124,33 @@ func (d *Driver) pathOf(f *forward) (path, note string) {
 		return PathKernel, ""
 	case d.stackLeads(dst):
 		note := fmt.Sprintf("not by the kernel path: %v", why)
-		if d.kit == nil && len(targets) > 1 {
+		if d.noSockets() != nil && len(targets) > 1 {
 			note += "; a server on the container's loopback alone is not reached"
 		}
 		return PathStack, note
-	case d.kit != nil && d.cfg.Path != PathStack:
+	case d.noSockets() == nil:
 		return PathKernel, fmt.Sprintf("clients' addresses are not kept: %v", why)
 	}
 	return "", fmt.Sprintf("refused: not by the kernel path, %v, and the stack path does not lead to %v", why, dst)
 }
 
+// noSockets says why sockets of the namespace cannot be had, by which alone the container's loopback is reached; nil: they can.
+func (d *Driver) noSockets() error {
+	switch {
+	case d.cfg.Path == PathStack:
+		return errors.New("it is turned off")
+	case d.kit != nil:
+		return d.kit.Sockets()
+	case d.cfg.WhyNoKernel != nil:
+		return d.cfg.WhyNoKernel
+	}
+	return errors.New("there is none")
+}
+
 // whyNoKernel says why new connections to dst do not take the kernel path; nil: they do.
 func (d *Driver) whyNoKernel(dst netip.Addr) error {
-	if d.cfg.Path == PathStack {
-		return errors.New("it is turned off")
-	}
-	if d.kit == nil {
-		if d.cfg.WhyNoKernel != nil {
-			return d.cfg.WhyNoKernel
-		}
-		return errors.New("there is none")
+	if err := d.noSockets(); err != nil {
+		return err
 	}
 	if e, ok := d.locals.get(dst); ok && !e.is && !dst.IsLoopback() {
 		return fmt.Errorf("%v is not an address of the container itself now", dst)

@@ -265,8 +265,6 @@ func (s Spec) check() error {
 		return fmt.Errorf("%s does not go with %v: it is an IPv4 address", s.Proto, s.Host)
 	case s.Host.IsValid() && !s.Host.Is4() && !v6:
 		return fmt.Errorf("%s does not go with %v: it is an IPv6 address", s.Proto, s.Host)
-	case s.udp() && s.Container.IsLoopback():
-		return fmt.Errorf("%v: datagrams come by the TAP, where nothing reaches the container's loopback; let the server listen on its address, or on all", s.Container)
 	}
 	return nil
 }

@@ -72,7 +72,6 @@ func TestParseSpecRefuses(t *testing.T) {
 		"[::1]:80:80/udp4":                     "it is an IPv6 address",
 		"224.0.0.1:80:80":                      "multicast",
 		"80:0.0.0.0:80":                        "no address of a container",
-		"53:127.0.0.1:53/udp":                  "loopback",
 		"/run/a.sock":                          "followed by :PORT",
 		"/run/a.sock:80/udp":                   "not to udp",
 		"/run/a.sock:80-81":                    "not to a range",

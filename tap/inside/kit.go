@@ -47,6 +47,7 @@ type Kit struct {
 	mu     sync.Mutex
 	why    [2]error     // per family: no source addresses
 	stocks [kinds]stock // by Kind.index
+	mute   error        // see Sockets
 	doubt  bool
 	ended  bool
 }
@@ -112,6 +113,14 @@ func (k *Kit) Transparent(v6 bool) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.why[Kind{V6: v6}.family()]
+}
+
+// Sockets is nil where sockets can be had, and else says why not: the helper did not do what it was last asked for, which goes
+// on until it does again. What lies in stock is given out all the same.
+func (k *Kit) Sockets() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.mute
 }
 
 // Ephemeral is the range of ports from which the namespace's kernel picks those that nobody asked for: what
@@ -192,7 +201,16 @@ func (k *Kit) isDoubted() bool {
 func (k *Kit) call(ctx context.Context, name string, args, reply any) ([]int, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callLimit)
 	defer cancel()
-	return k.ns.CallFDs(ctx, k.ops, name, args, reply)
+	fds, err := k.ns.CallFDs(ctx, k.ops, name, args, reply)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch {
+	case err == nil:
+		k.mute = nil
+	case k.mute == nil: // what follows is rather that another cannot be started, from a sandbox
+		k.mute = fmt.Errorf("the helper in the namespace does not answer (start usernet again to have another): %w", err)
+	}
+	return fds, err
 }
 
 // repair tells whether the routing is in order now, as far as it ever will be.
@@ -203,12 +221,11 @@ func (k *Kit) repair(ctx context.Context) bool {
 	var r setupReply
 	_, err := k.call(ctx, opSetup, setupArgs{IPv6: k.cfg.IPv6}, &r)
 	why := r.errors()
-	if err != nil {
-		err = fmt.Errorf("the helper in the namespace does not answer: %w", err)
-		why = [2]error{err, err}
-	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if err != nil {
+		why = [2]error{k.mute, k.mute}
+	}
 	fine := true
 	for i, name := range []string{"IPv4", "IPv6"} {
 		if !k.cfg.IPv6 && i == 1 {

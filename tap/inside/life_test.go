@@ -312,6 +312,66 @@ func TestHelperDies(t *testing.T) {
 	b.testSource(t)
 }
 
+// Whether sockets can be had is told as the helper has shown it last.
+func TestSocketsTellsOfTheHelper(t *testing.T) {
+	b := newBox(t, taptest.OwnerRoot)
+	b.open(t, inside.Config{IPv6: true, Batch: 1})
+	if err := b.Sockets(); err != nil {
+		t.Errorf("at first: %v", err)
+	}
+	var helper int
+	if _, err := b.ns.Call(t.Context(), testOps, "pid", struct{}{}, &helper); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Kill(helper, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if fd, err := b.Socket(t.Context(), inside.Kind{}); err == nil {
+		unix.Close(fd)
+		t.Error("a socket of a helper that was killed")
+	}
+	waitFor(t, "another helper", func() bool {
+		fd, err := b.Socket(t.Context(), inside.Kind{})
+		if err == nil {
+			unix.Close(fd)
+		}
+		return err == nil && b.Sockets() == nil
+	})
+}
+
+func TestSocketsWithoutHelper(t *testing.T) {
+	ns, err := netns.Open(netns.Config{PID: taptest.NewNS(t, taptest.OwnerRoot).PID, Helper: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := inside.Open(t.Context(), ns, inside.Config{IPv6: true})
+	if closed := ns.Close(); err != nil || closed != nil { // so that none can be started again, as from a sandbox
+		t.Fatal(err, closed)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- k.Run(ctx) }()
+	waitFor(t, "the loss to be seen", func() bool {
+		if fd, err := k.Socket(t.Context(), inside.Kind{}); err == nil {
+			unix.Close(fd)
+			t.Error("a socket that nobody can have made")
+		}
+		return k.Sockets() != nil && k.Transparent(false) != nil && k.Transparent(true) != nil
+	})
+	for _, err := range []error{k.Sockets(), k.Transparent(false), k.Transparent(true)} {
+		if !errors.Is(err, os.ErrClosed) || !strings.Contains(err.Error(), "start usernet again") {
+			t.Errorf("%v: neither the reason nor the remedy", err)
+		}
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error("Run:", err)
+	}
+	if err := k.Close(); err == nil {
+		t.Error("the routing was put back by nobody")
+	}
+}
+
 func read(t *testing.T, name string) string {
 	t.Helper()
 	text, err := os.ReadFile(name)
