@@ -459,6 +459,15 @@ func TestClientExplains(t *testing.T) {
 	if _, err := c.Info(t.Context()); err == nil || !strings.Contains(err.Error(), "only the user") {
 		t.Errorf("%v", err)
 	}
+	go func() {
+		if c, err := ln.Accept(); err == nil {
+			c.Write([]byte("220 mail.example.com\r\n"))
+			c.Close()
+		}
+	}()
+	if _, err := c.Info(t.Context()); err == nil || !strings.Contains(err.Error(), "something else") || strings.Contains(err.Error(), "only the user") {
+		t.Errorf("%v", err)
+	}
 	ln.Close()
 	if _, err := c.Info(t.Context()); err == nil || !strings.Contains(err.Error(), "has ended") || strings.Contains(err.Error(), "http://") {
 		t.Errorf("%v", err)

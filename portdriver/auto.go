@@ -86,7 +86,7 @@ func (w *watcher) look(ctx context.Context, autos []AutoConfig) {
 	ephemeral.First, ephemeral.Last = w.d.kit.Ephemeral()
 	want := make(map[Spec]bool)
 	for _, a := range autos {
-		for _, s := range a.specs(listening, ephemeral) {
+		for _, s := range a.specs(listening, ephemeral, &w.d.addrs) {
 			want[s] = true
 		}
 	}
@@ -139,13 +139,17 @@ func (w *watcher) publish(ctx context.Context, s Spec) {
 }
 
 // specs are what a config makes of those who listen.
-func (a AutoConfig) specs(listening []inside.Listening, ephemeral PortRange) []Spec {
+func (a AutoConfig) specs(listening []inside.Listening, ephemeral PortRange, addrs *addresses) []Spec {
 	// A server on all addresses, or on the container's own, is for everybody; one on its loopback for the host's.
 	type key struct {
 		udp, loopback bool
 		port          uint16
 	}
-	type families struct{ v4, v6 bool }
+	// One on another address, of a bridge in the container say, is to be named; it gives way to those that need no name.
+	type families struct {
+		v4, v6 bool
+		named  netip.Addr
+	}
 	found := make(map[key]families)
 	for _, l := range listening {
 		addr, udp := l.Addr.Addr(), l.Proto == "udp"
@@ -155,7 +159,16 @@ func (a AutoConfig) specs(listening []inside.Listening, ephemeral PortRange) []S
 		if !a.wants(udp, k.port, ephemeral) || k.port == 0 || addr.IsMulticast() {
 			continue
 		}
-		f := found[k]
+		f, seen := found[k]
+		switch {
+		case !addrs.sought(addr):
+			if !seen || f.named.IsValid() && addr.Less(f.named) {
+				found[k] = families{v4: addr.Is4(), v6: !addr.Is4(), named: addr}
+			}
+			continue
+		case f.named.IsValid():
+			f = families{}
+		}
 		f.v4 = f.v4 || addr.Is4() || !mapped && addr.IsUnspecified() && !l.V6Only
 		f.v6 = f.v6 || !addr.Is4()
 		found[k] = f
@@ -169,7 +182,7 @@ func (a AutoConfig) specs(listening []inside.Listening, ephemeral PortRange) []S
 		if k.udp {
 			proto = "udp"
 		}
-		s := Spec{Host: a.Host, HostPort: k.port, ContainerPort: k.port, Proto: proto}
+		s := Spec{Host: a.Host, HostPort: k.port, Container: f.named, ContainerPort: k.port, Proto: proto}
 		loopback := func(own netip.Addr) netip.Addr {
 			if !a.Host.IsValid() || a.Host.IsUnspecified() {
 				return own

@@ -38,6 +38,9 @@ func TestAutoSpecs(t *testing.T) {
 		"loopback":          {all, listening("tcp 127.0.0.1:80", "tcp [::1]:81", "udp 127.0.0.1:53"), []string{"127.0.0.1:53:53/udp", "127.0.0.1:80:80/tcp", "[::1]:81:81/tcp"}},
 		"both loopbacks":    {all, listening("tcp 127.0.0.1:80", "tcp [::1]:80"), []string{"127.0.0.1:80:80/tcp", "[::1]:80:80/tcp"}},
 		"loopback and else": {all, listening("tcp 127.0.0.1:80", "tcp 10.0.2.100:80"), []string{"80:80/tcp4"}},
+		"another address":   {all, listening("tcp 172.17.0.2:80", "tcp 172.17.0.1:80", "udp [fd01::1]:53"), []string{"80:172.17.0.1:80/tcp4", "53:[fd01::1]:53/udp6"}},
+		"another and all":   {all, listening("tcp 172.17.0.1:80", "tcp 0.0.0.0:80", "tcp 172.17.0.3:80", "tcp [::]:81", "tcp 172.17.0.1:81"), []string{"80:80/tcp4", "81:81/tcp"}},
+		"another loopback":  {all, listening("tcp 127.0.0.53:53", "udp 127.0.0.53:53", "tcp 127.0.0.53:54", "tcp 127.0.0.1:54"), []string{"127.0.0.1:53:127.0.0.53:53/tcp", "127.0.0.1:53:127.0.0.53:53/udp", "127.0.0.1:54:54/tcp"}},
 		"clients":           {all, listening("udp 0.0.0.0:40000", "udp 0.0.0.0:68", "tcp 0.0.0.0:40000"), []string{"40000:40000/tcp4"}},
 		"not the clients'":  {all, listening("udp 0.0.0.0:29999", "udp 0.0.0.0:50001", "udp [::]:50000"), []string{"29999:29999/udp4", "50001:50001/udp4"}},
 		"asked for":         {AutoConfig{Include: []PortRange{{40000, 40000}}}, listening("udp 0.0.0.0:40000", "tcp 0.0.0.0:80"), []string{"40000:40000/udp4"}},
@@ -47,7 +50,7 @@ func TestAutoSpecs(t *testing.T) {
 		"at loopback":       {AutoConfig{Host: localhost}, listening("tcp [::]:81", "tcp 127.0.0.1:82", "tcp [::1]:83", "tcp [::1]:82"), []string{"127.0.0.1:81:81/tcp", "127.0.0.1:82:82/tcp", "127.0.0.1:83:83/tcp"}},
 	} {
 		var got []string
-		for _, s := range c.config.specs(c.has, PortRange{30000, 50000}) {
+		for _, s := range c.config.specs(c.has, PortRange{30000, 50000}, &addresses{container4: container4, container6: container6}) {
 			if err := s.check(); err != nil {
 				t.Errorf("%s: %v: %v", name, s, err)
 			}

@@ -54,6 +54,11 @@ var (
 	loopback6 = netip.IPv6Loopback()
 )
 
+// sought tells whether targets finds a server at addr that no Spec names.
+func (a *addresses) sought(addr netip.Addr) bool {
+	return addr.IsUnspecified() || addr == a.container4 || addr == a.container6 || addr == loopback4 || addr == loopback6
+}
+
 // targets are where to look for a server, one after the other until one does not refuse. Without an
 // address in the Spec: the container's of the client's family, its loopback, and both of the other
 // family: many programs listen on IPv4 alone, and a client that came by "localhost" cannot know.

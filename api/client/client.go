@@ -140,6 +140,9 @@ func (c *Client) explain(err error) error {
 	case dialling:
 		return err
 	}
+	if !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+		return fmt.Errorf("%s is the socket of something else, it seems: %w", c.path, err)
+	}
 	return fmt.Errorf("%s closed the connection without an answer: only the user who started it, and root, may ask: %w", c.path, err)
 }
 

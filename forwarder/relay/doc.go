@@ -11,5 +11,5 @@
 // A Loop serves all connections with a few workers, each an edge-triggered epoll and a list of
 // connections that may have something to do; a connection at rest costs neither a goroutine
 // nor a buffer. Of what netstack has a worker copies nothing: octets go from its buffers to the socket and
-// from the socket into its buffers. Between sockets they are copied through one buffer of the worker's.
+// from the socket into its buffers. Between sockets they are copied through one buffer of the worker's, or spliced where many come.
 package relay
