@@ -461,6 +461,7 @@ func TestClientExplains(t *testing.T) {
 	}
 	go func() {
 		if c, err := ln.Accept(); err == nil {
+			c.Read(make([]byte, 1))
 			c.Write([]byte("220 mail.example.com\r\n"))
 			c.Close()
 		}

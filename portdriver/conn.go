@@ -126,7 +126,9 @@ func (c *conn) dial(ctx context.Context) error {
 		if c.why == nil {
 			c.why = fmt.Errorf("dial %v: %w", dst, err)
 		}
-		if ctx != atOnce && ctx.Err() != nil {
+		// A server that resets what it has accepted did not refuse: the next target would be another connection to it, maybe.
+		// Where nobody listens it is ECONNREFUSED (net/ipv4/tcp_input.c, tcp_reset).
+		if errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || ctx != atOnce && ctx.Err() != nil {
 			break
 		}
 	}

@@ -472,6 +472,25 @@ func TestFallsBack(t *testing.T) {
 // loopbackOfOurs is an address that our own namespace, which fakeKit's sockets belong to, has.
 var loopbackOfOurs = host4
 
+// A server that resets what it accepts, sooner than the dial has returned, is not asked again at another address of its own.
+func TestResetIsNoRefusal(t *testing.T) {
+	for _, errno := range []unix.Errno{unix.ECONNRESET, unix.EPIPE} {
+		var dials atomic.Int64
+		d := bare(t, func(c *Config) {
+			c.Stack = dialFunc(func(context.Context, netip.AddrPort, netip.AddrPort) (relay.End, error) {
+				dials.Add(1)
+				return nil, errno
+			})
+		})
+		f := publish(t, d, "203.0.113.1:0:80")[0]
+		wantReset(t, "tcp", at(host4, f))
+		until(t, "the connection has ended", func() bool { f, _ := d.Get(f.ID); return f.Active == 0 })
+		if n := dials.Load(); n != 1 {
+			t.Errorf("%v: dialled %d times", errno, n)
+		}
+	}
+}
+
 // Where the helper in the namespace is gone it is said that the container's loopback is not reached.
 func TestHelperIsGone(t *testing.T) {
 	for _, path := range []string{PathAuto, PathKernel} {
