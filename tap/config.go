@@ -38,8 +38,9 @@ type Config struct {
 	IPv4, IPv6         netip.Prefix // the container's address in its network; zero means none of that family
 	Gateway4, Gateway6 netip.Addr   // of the default routes; zero means no route
 
-	// Announce has the kernel tell everybody on the link whenever the interface comes up with addresses.
-	Announce bool
+	// Shared: others than usernet are on the link. The kernel tells them of the addresses whenever the interface comes
+	// up, and configuring ends when the addresses can be reached.
+	Shared bool
 
 	Queues int // 0 means 1
 

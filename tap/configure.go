@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -117,7 +118,7 @@ func (r *opened) configure(nl *netlink.Handle, link netlink.Link, cfg Config) er
 	if err != nil {
 		return fmt.Errorf("bring lo up: %w", err)
 	}
-	if cfg.Announce {
+	if cfg.Shared {
 		// Whoever still has the address of a predecessor's interface hears of the new one. Without it that lasts until
 		// the neighbour's entry is found to be stale.
 		os.WriteFile("/proc/sys/net/ipv4/conf/"+cfg.Name+"/arp_notify", []byte("1"), 0)
@@ -142,10 +143,32 @@ func (r *opened) configure(nl *netlink.Handle, link netlink.Link, cfg Config) er
 	if err := defaultRoute(nl, link, cfg.Gateway4); err != nil {
 		return err
 	}
-	if with6 {
-		return defaultRoute(nl, link, cfg.Gateway6)
+	if !with6 {
+		return nil
 	}
-	return nil
+	if cfg.Shared {
+		awaitLocal(nl, cfg.IPv6.Addr())
+	}
+	return defaultRoute(nl, link, cfg.Gateway6)
+}
+
+// localPatience bounds a wait for a work queue of the kernel's, which takes some ten milliseconds on a busy machine. Without
+// a carrier it does not come to it at all.
+const (
+	localPatience = time.Second
+	localPoll     = 500 * time.Microsecond
+)
+
+// awaitLocal waits until what comes for the address is let in. The kernel's route for that (local, of table local) is
+// made by a work queue, after the address is there, and nothing tells of it (addrconf_dad_work, net/ipv6/addrconf.c); what comes
+// before is dropped, and a SYN is sent again a second later.
+func awaitLocal(nl *netlink.Handle, addr netip.Addr) {
+	for end := time.Now().Add(localPatience); time.Now().Before(end); time.Sleep(localPoll) {
+		routes, err := nl.RouteGet(addr.AsSlice())
+		if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+			return
+		}
+	}
 }
 
 func defaultRoute(nl *netlink.Handle, link netlink.Link, gateway netip.Addr) error {

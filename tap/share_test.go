@@ -62,7 +62,7 @@ func TestDress(t *testing.T) {
 	n := newNS(t)
 	call(t, n, "foreign", foreigner{Name: "tap0"}, nil)
 	cfg := config()
-	cfg.MAC, cfg.Announce = net.HardwareAddr{2, 0, 0, 0, 0, 9}, true
+	cfg.MAC = net.HardwareAddr{2, 0, 0, 0, 0, 9}
 	if err := tap.Dress(t.Context(), n, cfg); err != nil {
 		t.Fatal(err)
 	}

@@ -79,7 +79,7 @@ func (b *Bridge) Attach(ctx context.Context, member *netns.NS, cfg CableConfig) 
 // inside is the member's interface, as package tap wants to know it.
 func (c *Cable) inside() tap.Config {
 	return tap.Config{
-		Name: c.cfg.Name, MTU: c.bridge.cfg.MTU, MAC: c.cfg.MAC, Configure: true, Announce: true,
+		Name: c.cfg.Name, MTU: c.bridge.cfg.MTU, MAC: c.cfg.MAC, Configure: true, Shared: true,
 		IPv4: c.cfg.IPv4, IPv6: c.cfg.IPv6, Gateway4: c.cfg.Gateway4, Gateway6: c.cfg.Gateway6,
 		Fresh: !c.cfg.Adopt, Unlocked: true, NoOffload: c.cfg.NoOffload, Log: c.cfg.Log,
 	}
