@@ -395,3 +395,39 @@ func TestPortsMany(t *testing.T) {
 		t.Errorf("%d forwards are left, from %d on", len(all), all[0].ID)
 	}
 }
+
+// Where the helper in the namespace is killed its clients are served by the stack, under their own address; of servers on the
+// container's loopback it is said that they are not reached.
+func TestPortsHelperKilled(t *testing.T) {
+	p := publish(t, "-p", "8080:8080", "-p", "8081:8081", "-p", "9053:9053/udp")
+	p.c.net.serveTCP(t, ":8080", tellPeer)
+	p.c.net.serveTCP(t, "127.0.0.1:8081", tellPeer)
+	if seen := servedAs(t, 8081); seen.String() != outsideAddr4 {
+		t.Errorf("before, the server on the loopback sees %v", seen)
+	}
+	children := childrenOf(p.info(t).PID)
+	if len(children) != 1 {
+		t.Fatalf("usernet has the children %v, want its helper", children)
+	}
+	if err := syscall.Kill(children[0], syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the loss is told of", func() bool {
+		if seen := servedAs(t, 8080); seen.String() != outsideAddr4 {
+			t.Errorf("the server sees %v", seen)
+		}
+		i := p.info(t).Ports
+		return i.IPv4.Path == "stack" && !i.IPv4.Loopback && strings.Contains(i.IPv4.WhyNotKernel, "start usernet again")
+	})
+	eventually(t, "what was made ahead is used up", func() bool { return resets(lab.outside, hostAddr4+":8081") == nil })
+	for _, f := range p.list(t) {
+		if !strings.Contains(f.Note, "the container's loopback alone is not reached") {
+			t.Errorf("port %d: note %q", f.HostPort, f.Note)
+		}
+	}
+	// Nobody is left who could put the container's routing back, which is an error that says so.
+	p.signal(t, syscall.SIGTERM)
+	if code := p.wait(t); code != 1 || !strings.Contains(p.out.String(), "may be left in the namespace") {
+		t.Errorf("usernet ended with status %d", code)
+	}
+}
