@@ -196,7 +196,7 @@ func (s *Set) checkSubnet(f family, n *network, p netip.Prefix, host []netip.Pre
 		}
 		return conflictf("network %q: subnet %s overlaps %s of network %q: choose another with %s, or none to get a free one", n.Name, p, other, o.Name, f.flag)
 	}
-	if d, by := against(p, host); d == taken {
+	if by, met := meets(p, host, p.Bits()); met {
 		return conflictf("network %q: subnet %s overlaps %s, which is this host's own address or route: choose another with %s, or none to get a free one", n.Name, p, by, f.flag)
 	}
 	return nil

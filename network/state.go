@@ -71,7 +71,7 @@ func Restore(st State, hosts ...string) (*Set, error) {
 	for i := range st.Networks {
 		r := &st.Networks[i]
 		if err := s.restore(r); err != nil {
-			return nil, fmt.Errorf("network %.100q: %w", r.Name, err)
+			return nil, err
 		}
 		if numbers[r.Number] {
 			return nil, conflictf("network %q: another one has its number %d", r.Name, r.Number)
@@ -99,10 +99,17 @@ func (s *Set) restore(r *Network) error {
 		return err
 	}
 	n.Number = r.Number
+	s.networks[n.Name] = n
+	if err := s.restoreMembers(n, r); err != nil {
+		return fmt.Errorf("network %q: %w", n.Name, err)
+	}
+	return nil
+}
+
+func (s *Set) restoreMembers(n *network, r *Network) error {
 	if err := checkNumber(r.Number); err != nil {
 		return err
 	}
-	s.networks[n.Name] = n
 	for i := range r.Members {
 		if err := s.restoreMember(n, &r.Members[i]); err != nil {
 			return fmt.Errorf("member %.100q: %w", r.Members[i].Name, err)

@@ -57,41 +57,30 @@ func (f family) check(p netip.Prefix) error {
 
 // A host's routes and addresses are in the way of a subnet in two degrees: none may lie in it, as the container would then
 // look for the host's neighbours among its own; a wider one, of a VPN for all of 10.0.0.0/8 say, loses a part of
-// itself to the container, which a user may want and a default avoids.
-type degree int
-
-const (
-	free   degree = iota
-	inside        // the subnet lies in a wider network of the host's
-	taken
-)
+// itself to the container, which a user may want, and which is a default only where there is no better one.
 
 // wide is the length below which a route is a default route in disguise (0.0.0.0/1 and 128.0.0.0/1 are a VPN's), and in nobody's way.
 const wide = 8
 
-// against tells how far p is in the way of the host's, and which of them it is.
-func against(p netip.Prefix, host []netip.Prefix) (d degree, by netip.Prefix) {
+// meets returns the first of the host's, of that length or longer, that overlaps p.
+func meets(p netip.Prefix, host []netip.Prefix, length int) (netip.Prefix, bool) {
 	for _, h := range host {
-		switch {
-		case h.Bits() < wide || !h.Overlaps(p):
-		case h.Bits() >= p.Bits():
-			return taken, h
-		default:
-			d, by = inside, h
+		if h.Bits() >= max(length, wide) && h.Overlaps(p) {
+			return h, true
 		}
 	}
-	return d, by
+	return netip.Prefix{}, false
 }
 
-// free4 is the first /24 of the pool that neither a network nor the host has; or at least no network has, and no
-// host but as a part of something wider.
+// free4 is the first /24 of the pool that neither a network nor the host has. Where the pool lies in something wider of the
+// host's, that has to give way.
 func (s *Set) free4(host []netip.Prefix) (netip.Prefix, error) {
-	for limit := free; limit <= inside; limit++ {
+	for _, length := range []int{wide, pool4.Bits()} {
 		for i := range 256 {
 			base := pool4.Addr().As4()
 			base[2] = byte(i)
 			p := netip.PrefixFrom(netip.AddrFrom4(base), 24)
-			if d, _ := against(p, host); d <= limit && s.overlapping(p) == nil {
+			if _, met := meets(p, host, length); !met && s.overlapping(p) == nil {
 				return p, nil
 			}
 		}
@@ -102,14 +91,14 @@ func (s *Set) free4(host []netip.Prefix) (netip.Prefix, error) {
 // derive6 is a unique local /64 (RFC 4193 §3.2) that follows from the network's name and IPv4 subnet, so that it is the same
 // wherever the network is made again. As it leaves no machine, it need not differ from one to the next.
 func (s *Set) derive6(name string, subnet netip.Prefix, host []netip.Prefix) (netip.Prefix, error) {
-	for limit := free; limit <= inside; limit++ {
-		for i := range uint32(64) { // two tries are more than anyone has needed
+	for _, length := range []int{wide, 48} { // a site has a /48
+		for i := range uint32(64) { // one try is enough, unless somebody has chosen what comes of it
 			sum := sha256.Sum256(binary.BigEndian.AppendUint32([]byte("usernet "+name+" "+subnet.String()+" "), i))
 			var a [16]byte
 			a[0] = 0xfd
 			copy(a[1:8], sum[:])
 			p := netip.PrefixFrom(netip.AddrFrom16(a), 64)
-			if d, _ := against(p, host); d <= limit && s.overlapping(p) == nil {
+			if _, met := meets(p, host, length); !met && s.overlapping(p) == nil {
 				return p, nil
 			}
 		}
