@@ -23,8 +23,8 @@ const (
 )
 
 const (
-	// maxFile: the largest Set takes less than that by far, unless its ports are many thousands of texts.
-	maxFile = 64 << 20
+	// maxFile, in octets, is well above what the largest Set takes; only thousands of members with many ports each make it more.
+	maxFile = 32 << 20
 
 	// maxSocket is what sockaddr_un holds without its final zero.
 	maxSocket = 107
@@ -35,6 +35,7 @@ const (
 type Dir struct {
 	path string
 	root *os.Root
+	most int        // octets of a file: maxFile
 	mu   sync.Mutex // one writer at a time of the files beside, *.tmp
 }
 
@@ -77,7 +78,7 @@ func OpenDir(path string) (*Dir, error) {
 		root.Close()
 		return nil, err
 	}
-	return &Dir{path: path, root: root}, nil
+	return &Dir{path: path, root: root, most: maxFile}, nil
 }
 
 // checkDir refuses a directory in which somebody else could put files in the place of ours.
@@ -141,8 +142,8 @@ func (d *Dir) WriteFile(name string, v any) error {
 		return fmt.Errorf("write %s: %w", name, err)
 	}
 	data = append(data, '\n')
-	if len(data) > maxFile {
-		return exhaustedf("write %s: it would have %d octets, and %d are read back: detach members with many ports", filepath.Join(d.path, name), len(data), maxFile)
+	if len(data) > d.most {
+		return exhaustedf("write %s: it would have %d octets, and %d are read back: detach members with many ports", filepath.Join(d.path, name), len(data), d.most)
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -151,7 +151,9 @@ func TestWriteFails(t *testing.T) {
 	if got := files(t, d); got != "keeper.json" {
 		t.Error(got)
 	}
-	want(t, d.WriteFile(StateFile, strings.Repeat("x", maxFile)), ErrExhausted, "67108864")
+	d.most = 1000
+	want(t, d.WriteFile(StateFile, strings.Repeat("x", 1000)), ErrExhausted, "1003 octets", "1000 are read")
+	want(t, d.WriteFile(StateFile, strings.Repeat("x", 997)), nil)
 }
 
 // A reader sees one file or the other, whole.

@@ -71,9 +71,17 @@ func (s *Set) Join(name string, r Request) (Member, error) {
 	}
 	m.Number = lowest(s.ports)
 	n.forget(m.Name, m.Addresses)
-	n.members = append(n.members, m)
+	n.members, n.table = append(n.members, m), nil
 	s.publish()
 	return m.clone(), nil
+}
+
+// seats counts the members of all networks.
+func (s *Set) seats() (all int) {
+	for _, n := range s.networks {
+		all += len(n.members)
+	}
+	return all
 }
 
 // ports goes through the numbers of all members.
@@ -91,6 +99,9 @@ func (s *Set) ports(yield func(int) bool) {
 func (s *Set) admit(n *network, r Request) (*Member, error) {
 	if len(n.members) >= maxMembers {
 		return nil, exhaustedf("it has %d members, and a bridge no more ports: make another network", maxMembers)
+	}
+	if all := s.seats(); all >= maxSeats {
+		return nil, exhaustedf("all networks have %d members together, and no more are possible: detach one", all)
 	}
 	m := &Member{Name: r.Name, NetNS: r.NetNS, Process: r.Process, Path: r.Path}
 	if err := checkName("name", r.Name); err != nil {
@@ -222,7 +233,7 @@ func (s *Set) Leave(in, member string) (Member, error) {
 	if err != nil {
 		return Member{}, err
 	}
-	n.members = slices.DeleteFunc(n.members, func(o *Member) bool { return o == m })
+	n.members, n.table = slices.DeleteFunc(n.members, func(o *Member) bool { return o == m }), nil
 	n.remember(Lease{m.Name, m.Addresses})
 	s.publish()
 	return m.clone(), nil

@@ -191,19 +191,22 @@ func TestMemberLimit(t *testing.T) {
 		m, err := s.admit(n, request(fmt.Sprint("n-", i)))
 		want(t, err, nil)
 		m.Number = i + 1
-		n.members = append(n.members, m)
+		n.members, n.table = append(n.members, m), nil
 	}
 	s.publish()
 	holds(t, s)
 	_, err := s.Join("web", request("more"))
 	want(t, err, ErrExhausted, "1023")
-	for i := range maxMembers {
-		if _, err := n.choose(ipv4, "x", netip.Addr{}); err != nil {
-			t.Fatal(err)
-		}
+	for i := range maxFormer {
 		n.remember(Lease{fmt.Sprint("f-", i), Addresses{}})
 	}
 	n.remember(Lease{"latest", Addresses{}})
+	for i := range maxSeats/maxMembers + 1 {
+		o := create(t, s, Config{Name: fmt.Sprint("o-", i), NoIPv6: true})
+		s.networks[o.Name].members = n.members[:min(maxMembers, maxSeats-s.seats())]
+	}
+	_, err = s.Join("o-8", request("more"))
+	want(t, err, ErrExhausted, "8192")
 	if len(n.former) != maxFormer || n.former[0].Name != "f-1" || n.former[maxFormer-1].Name != "latest" {
 		t.Errorf("%d former, %v first", len(n.former), n.former[0])
 	}
@@ -274,4 +277,17 @@ func FuzzSet(f *testing.F) {
 			t.Fatalf("restored as %s, was %s", got, data)
 		}
 	})
+}
+
+// Joining a network that is nearly full; its names, too, are made anew.
+func BenchmarkJoin(b *testing.B) {
+	s := New()
+	create(b, s, Config{Name: "web", Subnet: prefix("10.0.0.0/16")})
+	for i := range maxMembers - 1 {
+		join(b, s, "web", request(fmt.Sprint("n-", i)))
+	}
+	for b.Loop() {
+		join(b, s, "web", request("more"))
+		leave(b, s, "web", "more")
+	}
 }

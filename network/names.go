@@ -5,8 +5,8 @@ import (
 	"strings"
 )
 
-// A book is what all resolvers answer, made whole at each change and then left as it is: they read it without waiting for anybody.
-// With as many members as possible that takes a few milliseconds, and who joins waits for the kernel much longer.
+// A book is what all resolvers answer, made anew at each change and then left as it is: they read it without waiting for anybody.
+// For a network with as many members as possible that takes some four milliseconds, and who joins waits for the kernel longer.
 type book map[string]*page
 
 // A page is one network's.
@@ -87,8 +87,10 @@ func (s *Set) publish() {
 	seats := make(map[NetNS][]seat)
 	sorted := s.sorted()
 	for _, n := range sorted {
-		t := s.table(n)
-		b[n.Name] = &page{own: &View{[]*table{t}, t.subnets}}
+		if n.table == nil {
+			n.table = s.table(n)
+		}
+		b[n.Name] = &page{own: &View{[]*table{n.table}, n.table.subnets}}
 		for _, m := range n.members {
 			seats[m.NetNS] = append(seats[m.NetNS], seat{n, m})
 		}

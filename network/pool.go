@@ -26,8 +26,9 @@ type Lease struct {
 	Addresses
 }
 
-// maxFormer is how many names a network remembers: as many as it can have members, so that all of them may come back.
-const maxFormer = maxMembers
+// maxFormer is how many names a network remembers: all that a /24 has room for. Names that never come back, as those that a
+// machine has made up, are forgotten in turn.
+const maxFormer = 256
 
 // subnet is that of the family; the zero Prefix where it is off.
 func (n *network) subnet(f family) netip.Prefix {

@@ -17,6 +17,10 @@ const (
 	// maxMembers of one network: a bridge of Linux has 1024 ports (BR_MAX_PORTS), one of them is the uplink's.
 	maxMembers = 1023
 
+	// maxSeats is how many members all networks have together: each is an interface of the one shared namespace, a record and a few
+	// names, and all records are written and all names sorted anew whenever one of them changes.
+	maxSeats = 8192
+
 	maxAliases = 64   // of a member; each is two names of the resolver's
 	maxPorts   = 1024 // recorded texts of a member; each may be a range
 	maxText    = 4096 // octets of one, and of a path (PATH_MAX)
@@ -90,6 +94,7 @@ type network struct {
 	Network
 	members []*Member
 	former  []Lease // the longest gone first
+	table   *table  // for the book; nil: the members are others than when it was made
 }
 
 // New makes a Set without networks. hosts are the names under which containers meet the host, in every network with a way out.

@@ -128,7 +128,7 @@ func TestRestoreRefused(t *testing.T) {
 		{"former twice", func(st *State) { st.Networks[2].Former = append(st.Networks[2].Former, st.Networks[2].Former[0]) }, []string{"twice"}},
 		{"former without", func(st *State) { st.Networks[2].Former[0].Addresses = Addresses{IPv6: st.Networks[2].Former[0].IPv6} }, []string{"is not in"}},
 		{"former's family", func(st *State) { st.Networks[2].Former[0].IPv6 = Addresses{}.IPv6 }, []string{"IPv6"}},
-		{"many former", func(st *State) { st.Networks[2].Former = make([]Lease, maxFormer+1) }, []string{"1024 former"}},
+		{"many former", func(st *State) { st.Networks[2].Former = make([]Lease, maxFormer+1) }, []string{"257 former"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			st := example(t).State(boot)
