@@ -51,6 +51,7 @@ func TestContainerDies(t *testing.T) {
 				}
 				eventually(t, p.quiet)
 				refused(t, p.host, "127.0.0.1:8080")
+				p.try("rm", "--force", "--time", "0", "c") // podman 5 says once that conmon is gone, and removes it the second time
 			})
 		}
 	})

@@ -14,7 +14,10 @@ import (
 	"testing"
 )
 
-const envBinary = "USERNET_BIN"
+const (
+	envBinary = "USERNET_BIN"
+	envTrixie = "USERNET_TRIXIE" // the folder that .ci/trixie prints, where podman 5 is to be tested too
+)
 
 // binary is the program under test, as the machine and not the lab sees it.
 var binary string
@@ -57,8 +60,16 @@ func run(m *testing.M) (int, error) {
 	}
 	lab = l
 	podmans["podman 4"] = lab
+	if root := os.Getenv(envTrixie); root != "" {
+		if podmans["podman 5"], err = newLab(root); err != nil {
+			return 1, errors.Join(err, lab.close())
+		}
+	}
 	code := m.Run()
-	return code, lab.close()
+	for _, l := range podmans {
+		err = errors.Join(err, l.close())
+	}
+	return code, err
 }
 
 // unfit says what keeps this machine from having a lab.

@@ -99,7 +99,7 @@ func TestOutboundAddr(t *testing.T) {
 		p.outside.serve(t, "tcp", outsideAddr4+":8000")
 		p.outside.serve(t, "tcp", "["+outsideAddr6+"]:8000")
 		p.outside.serveEcho(t, outsideAddr4+":8000")
-		ask := "curl -sS http://" + outsideAddr4 + ":8000/; echo; echo ask | socat -t5 - UDP:" + outsideAddr4 + ":8000"
+		ask := "curl -sS http://" + outsideAddr4 + ":8000/; echo; socat UDP:" + outsideAddr4 + ":8000 SYSTEM:'echo ask; head -c 16 >&2' 2>&1"
 		got := p.shell(t, "--network slirp4netns:outbound_addr="+second, ask)
 		wantLines(t, got, second+"\n", "ask\n"+second+":")
 		wantLines(t, p.shell(t, "--network slirp4netns:outbound_addr=up0", ask), hostAddr4)

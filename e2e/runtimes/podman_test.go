@@ -104,7 +104,8 @@ func (p *podman) web(t *testing.T, options string) string {
 
 const image = "localhost/lab"
 
-var webServer = []string{"httpd", "-f", "-p", "80", "-h", "/www"}
+// The shell ends on SIGTERM, which a first process without a handler does not see: podman would wait for ten seconds.
+var webServer = []string{"sh", "-c", "trap exit TERM; httpd -f -p 80 -h /www & wait"}
 
 func runArgs(options string, command ...string) []string {
 	return append(append(strings.Fields(options), image), command...)
