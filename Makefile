@@ -16,7 +16,7 @@ GOBUILD := $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 build: ## bin/usernet, static
 	$(GOBUILD) -o bin/usernet ./cmd/usernet
@@ -41,6 +41,9 @@ test: build ## every test and fuzz target; as root also as an ordinary user, wit
 
 e2e: build ## the tests of the built binary only
 	@.ci/test e2e
+
+e2e-runtimes: build ## podman 4 and 5, buildah, rootlesskit and docker with the built binary (root, on Debian)
+	@.ci/test runtimes
 
 race: ## every test with the race detector (needs a C compiler)
 	@.ci/test race
