@@ -74,7 +74,7 @@ func (q *Queue) Read(vec [][]byte) (int, error) {
 	switch {
 	case err == nil:
 		return n + skip, nil
-	case errors.Is(err, unix.EBADFD):
+	case err == unix.EBADFD:
 		return 0, errDeleted
 	}
 	return 0, err

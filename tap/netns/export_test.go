@@ -1,5 +1,7 @@
 package netns
 
+import "errors"
+
 // UseHelper makes calls go through the helper even where a thread of ours might enter.
 func (n *NS) UseHelper() {
 	n.mu.Lock()
@@ -29,4 +31,20 @@ func Trim() int {
 	s := FindSpare()
 	s.Trim()
 	return len(s)
+}
+
+// OpenWithoutPidfd is OpenPID on a host that has no pidfd for us.
+func OpenWithoutPidfd(pid int) (*NS, error) {
+	n := &NS{name: "by its process", fd: -1, userFd: -1, life: noLife()}
+	if err := n.openProc(pid); err != nil {
+		return nil, errors.Join(err, n.Close())
+	}
+	return n, n.openOwner("")
+}
+
+// ForgetInotify makes n's path one that nothing is told of but mounts.
+func (n *NS) ForgetInotify() {
+	closeFd(&n.life.events)
+	closeFd(&n.life.mounts)
+	n.life.looks = true
 }

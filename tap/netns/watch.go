@@ -126,8 +126,9 @@ func (l *life) openProc(pid int) error {
 // named tells whether the path still leads to the namespace.
 func (l *life) named() bool {
 	var st unix.Stat_t
-	if l.proc { // where the link leads is not for everybody to know; a process that has ended has none
-		return unix.Fstatat(l.dir, l.base, &st, unix.AT_SYMLINK_NOFOLLOW) == nil
+	if l.proc { // where the link leads may not be for us to know; that of a process that has ended, waited for or not, is none
+		err := unix.Fstatat(l.dir, l.base, &st, 0)
+		return err == nil || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM)
 	}
 	err := unix.Fstatat(l.dir, l.base, &st, unix.AT_NO_AUTOMOUNT)
 	return err == nil && st.Dev == l.dev && st.Ino == l.ino

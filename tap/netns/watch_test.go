@@ -58,6 +58,51 @@ func TestWatchPID(t *testing.T) {
 	}
 }
 
+// Without events the end is seen all the same: that of a process, also of one that nobody has waited for, and that of a path.
+func TestWatchWithoutEvents(t *testing.T) {
+	if !taptest.Inside(t) {
+		return
+	}
+	ns := taptest.NewNS(t, taptest.OwnerRoot)
+	n, err := netns.OpenWithoutPidfd(ns.PID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := watch(t.Context(), n)
+	if err := unix.Kill(ns.PID, unix.SIGKILL); err != nil { // End comes later
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	ns.End()
+	if err := n.Watch(t.Context()); err != nil {
+		t.Errorf("later: %v", err)
+	}
+	if err := n.Close(); err != nil {
+		t.Error(err)
+	}
+	if n, err := netns.OpenWithoutPidfd(ns.PID); !errors.Is(err, unix.ESRCH) {
+		t.Errorf("a process that has ended: %v, %v", n, err)
+	}
+
+	path := bind(t, taptest.NewNS(t, taptest.OwnerRoot))
+	if n, err = netns.OpenPath(path); err != nil {
+		t.Fatal(err)
+	}
+	n.ForgetInotify()
+	done = watch(t.Context(), n)
+	if err := unix.Unmount(path, unix.MNT_DETACH); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if err := n.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestWatchEndsWithContext(t *testing.T) {
 	n := taptest.NewNS(t, taptest.OwnerRoot).Open(t)
 	ctx, cancel := context.WithCancel(t.Context())
