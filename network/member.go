@@ -264,6 +264,20 @@ func (s *Set) ByMAC(in string, mac MAC) (Member, bool) {
 	return Member{}, false
 }
 
+// ByPort returns the member whose interface at the bridge has a name, and its network, for who hears that the interface is gone.
+func (s *Set) ByPort(port string) (network string, m Member, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, n := range s.networks {
+		for _, m := range n.members {
+			if m.Port() == port {
+				return n.Name, m.clone(), true
+			}
+		}
+	}
+	return "", Member{}, false
+}
+
 // SetCable records by which cable a member has been joined.
 func (s *Set) SetCable(in, member string, c Cable) error {
 	if err := c.check(); err != nil {

@@ -39,6 +39,12 @@ func TestJoin(t *testing.T) {
 	if got, ok := s.ByMAC("lab", r.MAC); ok {
 		t.Error(got)
 	}
+	if in, got, ok := s.ByPort("m2"); !ok || in != "web" || got.Name != "app" {
+		t.Error(in, got, ok)
+	}
+	if in, got, ok := s.ByPort("m02"); ok {
+		t.Error(in, got)
+	}
 	want(t, s.SetCable("web", "app", "rope"), ErrInvalid, "veth or tap")
 	want(t, s.SetCable("web", "nobody", CableTAP), ErrNotFound, "nobody", "inspect web")
 	want(t, s.SetPorts("web", "app", []string{""}), ErrInvalid, "-p")
