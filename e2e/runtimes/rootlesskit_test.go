@@ -82,6 +82,20 @@ func TestRootlesskitNetwork(t *testing.T) {
 	}
 }
 
+// Our own name works as well as slirp4netns's.
+func TestRootlesskitWithUsernetByName(t *testing.T) {
+	lab := needLab(t)
+	lab.outside.serve(t, "tcp", outsideAddr4+":8000")
+	for _, version := range kits {
+		t.Run(version.name, func(t *testing.T) {
+			k := beginKit(t, lab, version.program, "usernet", append([]string{"--disable-host-loopback", "--port-driver=slirp4netns"}, version.flags...)...)
+			if got, err := k.inside.get("http://" + outsideAddr4 + ":8000/"); got != hostAddr4 {
+				t.Errorf("outside sees a client at %q: %v", got, err)
+			}
+		})
+	}
+}
+
 // slirp4netns opens the host's loopback unless it is told otherwise, and rootlesskit's users know it that way.
 func TestRootlesskitHostLoopback(t *testing.T) {
 	lab := needLab(t)
