@@ -28,13 +28,13 @@ func warnShadowed(p plan, log *slog.Logger) {
 			}
 		}
 	}
-	for _, flag := range []struct {
-		name string
-		ours netip.Prefix
-	}{{"--cidr", p.net4}, {"--cidr6", p.net6}} {
-		if hidden := shadowed(flag.ours, networks); len(hidden) > 0 {
-			log.Warn("networks of the host are shadowed: the container's own addresses overlap them, so that it does not reach them; choose others with "+flag.name,
-				"own", flag.ours, "shadowed", strings.Join(hidden, ", "))
+	for _, family := range []struct {
+		remedy string
+		ours   netip.Prefix
+	}{{"choose others with --cidr", p.net4}, {"choose others with usernet's own --cidr6, or do without IPv6", p.net6}} {
+		if hidden := shadowed(family.ours, networks); len(hidden) > 0 {
+			log.Warn("networks of the host are shadowed: the container's own addresses overlap them, so that it does not reach them; "+family.remedy,
+				"own", family.ours, "shadowed", strings.Join(hidden, ", "))
 		}
 	}
 }

@@ -81,7 +81,6 @@ type parser struct {
 	*Options
 	cidr, mac, netnsType, targetType string
 	given                            map[string]bool
-	done                             bool // help or version: nothing behind it is looked at
 }
 
 // errDone ends the reading of argv early, for help and version.
