@@ -15,6 +15,10 @@ import (
 // and 0 is none (BR_PORT_BITS, net/bridge/br_private.h).
 const MaxPorts = 1<<10 - 1
 
+// maxLearned is how many addresses of others than itself a bridge remembers, for a member may send from any. Frames
+// to the rest go to all ports.
+const maxLearned = 16 * (MaxPorts + 1)
+
 // Config says what the bridge shall be.
 type Config struct {
 	Name string // up to 15 octets

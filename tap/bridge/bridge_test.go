@@ -27,6 +27,8 @@ func ops() netns.Ops {
 
 		"neighbour": netns.Handle(neighbour),
 		"received":  netns.Handle(received),
+		"learned":   netns.Handle(learned),
+		"forge":     netns.Handle(forge),
 	}
 	maps.Copy(all, tap.Ops())
 	maps.Copy(all, bridge.Ops())

@@ -10,6 +10,7 @@ import (
 	"unsafe"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"usernet/tap/netns"
@@ -49,19 +50,19 @@ func Ops() netns.Ops {
 // withNetlink makes an operation of what needs nothing but a netlink socket.
 func withNetlink[A, R any](f func(context.Context, *netlink.Handle, A) (R, error)) netns.Op {
 	return netns.Handle(func(ctx context.Context, args A) (reply R, _ []*os.File, err error) {
-		nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 		if err != nil {
 			return reply, nil, fmt.Errorf("netlink: %w", err)
 		}
-		defer nl.Close()
-		reply, err = f(ctx, nl, args)
+		defer h.Close()
+		reply, err = f(ctx, h, args)
 		return reply, nil, err
 	})
 }
 
 // openBridge tells whether the bridge was there.
-func openBridge(_ context.Context, nl *netlink.Handle, cfg Config) (adopted bool, err error) {
-	link, err := find(nl, cfg.Name)
+func openBridge(_ context.Context, h *netlink.Handle, cfg Config) (adopted bool, err error) {
+	link, err := find(h, cfg.Name)
 	if err != nil {
 		return false, err
 	}
@@ -73,7 +74,7 @@ func openBridge(_ context.Context, nl *netlink.Handle, cfg Config) (adopted bool
 		// Snooping learns from queries who wants a group, and without a querier, which no bridge here has, forgets
 		// them: neighbour discovery would stop after minutes.
 		b.MulticastSnooping = &off
-		if err := nl.LinkAdd(b); err != nil {
+		if err := h.LinkAdd(b); err != nil {
 			return false, explain(err, "make it")
 		}
 		link = b
@@ -81,11 +82,34 @@ func openBridge(_ context.Context, nl *netlink.Handle, cfg Config) (adopted bool
 		return false, fmt.Errorf("there is an interface of that name and of type %s: remove it: %w", link.Type(), unix.EEXIST)
 	}
 	if adopted && link.Attrs().HardwareAddr.String() != cfg.MAC.String() {
-		if err := nl.LinkSetHardwareAddr(link, cfg.MAC); err != nil {
+		if err := h.LinkSetHardwareAddr(link, cfg.MAC); err != nil {
 			return adopted, explain(err, "MAC "+cfg.MAC.String())
 		}
 	}
-	return adopted, raise(nl, link, cfg.MTU)
+	if err := raise(h, link, cfg.MTU); err != nil {
+		return adopted, err
+	}
+	return adopted, limit(cfg.Name)
+}
+
+// limit bounds what the bridge remembers. Kernels before 6.7 have no such attribute, and take no notice of it.
+func limit(name string) error {
+	i, err := net.InterfaceByName(name)
+	if err != nil {
+		return err
+	}
+	req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(i.Index)
+	req.AddData(msg)
+	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
+	info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated("bridge"))
+	info.AddRtAttr(nl.IFLA_INFO_DATA, nil).AddRtAttr(unix.IFLA_BR_FDB_MAX_LEARNED, nl.Uint32Attr(maxLearned))
+	req.AddData(info)
+	if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil {
+		return explain(err, "bound what it learns")
+	}
+	return nil
 }
 
 // plugArgs ask for a port of a bridge.
@@ -94,19 +118,23 @@ type plugArgs struct {
 	MTU          int
 }
 
-func plug(_ context.Context, nl *netlink.Handle, a plugArgs) (struct{}, error) {
-	link, err := find(nl, a.Port)
+func plug(ctx context.Context, h *netlink.Handle, a plugArgs) (struct{}, error) {
+	link, err := find(h, a.Port)
 	if err == nil && link == nil {
 		err = fmt.Errorf("no such interface: %w", unix.ENODEV)
 	}
 	if err != nil {
 		return struct{}{}, err
 	}
-	return struct{}{}, connect(nl, link, a.Bridge, a.MTU)
+	if err := connect(h, link, a.Bridge, a.MTU); err != nil {
+		return struct{}{}, err
+	}
+	_, _, err = settle(ctx, a.Port)
+	return struct{}{}, err
 }
 
-func connect(nl *netlink.Handle, link netlink.Link, to string, mtu int) error {
-	bridge, err := find(nl, to)
+func connect(h *netlink.Handle, link netlink.Link, to string, mtu int) error {
+	bridge, err := find(h, to)
 	if err == nil && bridge == nil {
 		err = fmt.Errorf("bridge %s is gone: %w", to, unix.ENODEV)
 	}
@@ -114,7 +142,7 @@ func connect(nl *netlink.Handle, link netlink.Link, to string, mtu int) error {
 		return err
 	}
 	if link.Attrs().MasterIndex != bridge.Attrs().Index {
-		err := nl.LinkSetMaster(link, bridge)
+		err := h.LinkSetMaster(link, bridge)
 		if errors.Is(err, unix.EXFULL) || errors.Is(err, unix.E2BIG) {
 			return fmt.Errorf("a bridge has at most %d ports: %w", MaxPorts, err)
 		}
@@ -122,22 +150,22 @@ func connect(nl *netlink.Handle, link netlink.Link, to string, mtu int) error {
 			return explain(err, "make it a port of "+to)
 		}
 	}
-	return raise(nl, link, mtu)
+	return raise(h, link, mtu)
 }
 
 // raise brings an interface of the shared namespace up, with the MTU, and without an address of its own.
-func raise(nl *netlink.Handle, link netlink.Link, mtu int) error {
+func raise(h *netlink.Handle, link netlink.Link, mtu int) error {
 	if link.Attrs().MTU != mtu {
-		if err := nl.LinkSetMTU(link, mtu); err != nil {
+		if err := h.LinkSetMTU(link, mtu); err != nil {
 			return explain(err, fmt.Sprintf("MTU %d", mtu))
 		}
 	}
 	// A kernel without IPv6 has no such mode, and no address.
 	const none = 1 // IN6_ADDR_GEN_MODE_NONE, include/uapi/linux/if_link.h
-	if err := nl.LinkSetIP6AddrGenMode(link, none); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) {
+	if err := h.LinkSetIP6AddrGenMode(link, none); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) {
 		return explain(err, "keep link-local addresses off")
 	}
-	if err := nl.LinkSetUp(link); err != nil {
+	if err := h.LinkSetUp(link); err != nil {
 		return explain(err, "bring it up")
 	}
 	return nil
@@ -162,7 +190,7 @@ type vethArgs struct {
 	MTU          int
 }
 
-func veth(ctx context.Context, nl *netlink.Handle, a vethArgs) (_ struct{}, err error) {
+func veth(ctx context.Context, h *netlink.Handle, a vethArgs) (_ struct{}, err error) {
 	sent := netns.Sent(ctx)
 	if len(sent) != 1 {
 		return struct{}{}, fmt.Errorf("%d namespaces came along, want the member's: %w", len(sent), unix.EINVAL)
@@ -171,16 +199,16 @@ func veth(ctx context.Context, nl *netlink.Handle, a vethArgs) (_ struct{}, err 
 	attrs.Name, attrs.MTU = a.Port, a.MTU
 	v := netlink.NewVeth(attrs)
 	v.PeerName, v.PeerHardwareAddr, v.PeerNamespace = a.Name, a.MAC, netlink.NsFd(sent[0])
-	if err := nl.LinkAdd(v); err != nil {
+	if err := h.LinkAdd(v); err != nil {
 		return struct{}{}, err
 	}
-	link, err := find(nl, a.Port)
+	link, err := find(h, a.Port)
 	if err == nil && link == nil {
 		err = fmt.Errorf("port %s vanished as soon as it was made: %w", a.Port, unix.ENODEV)
 	}
 	if err == nil {
-		if err = connect(nl, link, a.Bridge, a.MTU); err != nil {
-			err = errors.Join(err, nl.LinkDel(link))
+		if err = connect(h, link, a.Bridge, a.MTU); err != nil {
+			err = errors.Join(err, h.LinkDel(link))
 		}
 	}
 	return struct{}{}, err
@@ -210,17 +238,17 @@ func settle(_ context.Context, name string) (carrier bool, _ []*os.File, err err
 
 // announce has the kernel tell everybody on the link of the interface's addresses, where arp_notify and ndisc_notify
 // are set: a MAC that is set anew, be it the same, counts as a change.
-func announce(_ context.Context, nl *netlink.Handle, name string) (struct{}, error) {
-	link, err := nl.LinkByName(name)
+func announce(_ context.Context, h *netlink.Handle, name string) (struct{}, error) {
+	link, err := h.LinkByName(name)
 	if err == nil {
-		err = nl.LinkSetHardwareAddr(link, link.Attrs().HardwareAddr)
+		err = h.LinkSetHardwareAddr(link, link.Attrs().HardwareAddr)
 	}
 	return struct{}{}, err
 }
 
 // find returns nil where there is no interface of that name.
-func find(nl *netlink.Handle, name string) (netlink.Link, error) {
-	link, err := nl.LinkByName(name)
+func find(h *netlink.Handle, name string) (netlink.Link, error) {
+	link, err := h.LinkByName(name)
 	if errors.As(err, new(netlink.LinkNotFoundError)) {
 		return nil, nil
 	}
@@ -241,16 +269,16 @@ func explain(err error, what string) error {
 }
 
 // look describes the interface of a name; the zero Link where there is none.
-func look(_ context.Context, nl *netlink.Handle, name string) (Link, error) {
-	link, err := find(nl, name)
+func look(_ context.Context, h *netlink.Handle, name string) (Link, error) {
+	link, err := find(h, name)
 	if err != nil || link == nil {
 		return Link{}, err
 	}
 	return describe(link, ""), nil
 }
 
-func list(_ context.Context, nl *netlink.Handle, _ struct{}) (all []Link, err error) {
-	links, err := nl.LinkList()
+func list(_ context.Context, h *netlink.Handle, _ struct{}) (all []Link, err error) {
+	links, err := h.LinkList()
 	if err != nil {
 		return nil, fmt.Errorf("list interfaces: %w", err)
 	}
@@ -266,10 +294,10 @@ func list(_ context.Context, nl *netlink.Handle, _ struct{}) (all []Link, err er
 	return all, nil
 }
 
-func remove(_ context.Context, nl *netlink.Handle, name string) (struct{}, error) {
-	link, err := find(nl, name)
+func remove(_ context.Context, h *netlink.Handle, name string) (struct{}, error) {
+	link, err := find(h, name)
 	if err == nil && link != nil {
-		err = nl.LinkDel(link)
+		err = h.LinkDel(link)
 	}
 	if errors.Is(err, unix.ENODEV) {
 		err = nil

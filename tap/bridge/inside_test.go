@@ -2,6 +2,7 @@ package bridge_test
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -10,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"usernet/tap/netns"
@@ -73,12 +75,12 @@ type iface struct {
 
 // state lists all interfaces, lo among them.
 func state(context.Context, struct{}) (all map[string]iface, _ []*os.File, err error) {
-	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, nil, err
 	}
-	defer nl.Close()
-	links, err := nl.LinkList()
+	defer h.Close()
+	links, err := h.LinkList()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -91,7 +93,7 @@ func state(context.Context, struct{}) (all map[string]iface, _ []*os.File, err e
 				i.Master = m.Attrs().Name
 			}
 		}
-		addrs, err := nl.AddrList(l, netlink.FAMILY_ALL)
+		addrs, err := h.AddrList(l, netlink.FAMILY_ALL)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -103,7 +105,7 @@ func state(context.Context, struct{}) (all map[string]iface, _ []*os.File, err e
 			i.Addrs = append(i.Addrs, text)
 		}
 		for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-			routes, err := nl.RouteList(l, family)
+			routes, err := h.RouteList(l, family)
 			if err != nil {
 				return nil, nil, err
 			}
@@ -136,63 +138,63 @@ type deed struct {
 }
 
 func change(_ context.Context, d deed) (_ struct{}, _ []*os.File, err error) {
-	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return struct{}{}, nil, err
 	}
-	defer nl.Close()
+	defer h.Close()
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = d.Name
 	switch d.Make {
 	case "bridge":
-		err = nl.LinkAdd(&netlink.Bridge{LinkAttrs: attrs})
+		err = h.LinkAdd(&netlink.Bridge{LinkAttrs: attrs})
 	case "veth":
 		v := netlink.NewVeth(attrs)
 		v.PeerName = d.Name + "-peer"
-		err = nl.LinkAdd(v)
+		err = h.LinkAdd(v)
 	case "tap":
-		err = nl.LinkAdd(&netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TAP, Flags: netlink.TUNTAP_DEFAULTS})
+		err = h.LinkAdd(&netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TAP, Flags: netlink.TUNTAP_DEFAULTS})
 	}
 	if err != nil {
 		return struct{}{}, nil, err
 	}
-	link, err := nl.LinkByName(d.Name)
+	link, err := h.LinkByName(d.Name)
 	if err == nil && d.Delete {
-		return struct{}{}, nil, nl.LinkDel(link)
+		return struct{}{}, nil, h.LinkDel(link)
 	}
 	if err == nil && d.Down {
-		err = nl.LinkSetDown(link)
+		err = h.LinkSetDown(link)
 	}
 	if err == nil && d.Up {
-		err = nl.LinkSetUp(link)
+		err = h.LinkSetUp(link)
 	}
 	if err == nil && d.Alias != "" {
-		err = nl.LinkSetAlias(link, d.Alias)
+		err = h.LinkSetAlias(link, d.Alias)
 	}
 	if err == nil && d.Free {
-		err = nl.LinkSetNoMaster(link)
+		err = h.LinkSetNoMaster(link)
 	}
 	for range d.Toggle {
-		err = errors.Join(err, nl.LinkSetDown(link), nl.LinkSetUp(link))
+		err = errors.Join(err, h.LinkSetDown(link), h.LinkSetUp(link))
 	}
 	if err != nil || !d.Bare {
 		return struct{}{}, nil, err
 	}
-	addrs, err := nl.AddrList(link, netlink.FAMILY_ALL)
+	addrs, err := h.AddrList(link, netlink.FAMILY_ALL)
 	for _, a := range addrs {
-		err = errors.Join(err, nl.AddrDel(link, &a))
+		err = errors.Join(err, h.AddrDel(link, &a))
 	}
 	return struct{}{}, nil, err
 }
 
 // neighbour tells at which MAC an address is believed to be, "" where that is not known.
 func neighbour(_ context.Context, addr netip.Addr) (mac string, _ []*os.File, err error) {
-	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return "", nil, err
 	}
-	defer nl.Close()
-	all, err := nl.NeighList(0, netlink.FAMILY_ALL)
+	defer h.Close()
+	all, err := h.NeighList(0, netlink.FAMILY_ALL)
 	for _, n := range all {
 		if ip, ok := netip.AddrFromSlice(n.IP); ok && ip.Unmap() == addr && n.State&unix.NUD_FAILED == 0 {
 			mac = n.HardwareAddr.String()
@@ -203,14 +205,77 @@ func neighbour(_ context.Context, addr netip.Addr) (mac string, _ []*os.File, er
 
 // received tells how many frames an interface has got.
 func received(_ context.Context, name string) (uint64, []*os.File, error) {
-	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return 0, nil, err
 	}
-	defer nl.Close()
-	link, err := nl.LinkByName(name)
+	defer h.Close()
+	link, err := h.LinkByName(name)
 	if err != nil {
 		return 0, nil, err
 	}
 	return link.Attrs().Statistics.RxPackets, nil, nil
+}
+
+// learned tells how many addresses a bridge has learned, and how many it may at most; nothing where the kernel does not say.
+func learned(_ context.Context, name string) (counts []string, _ []*os.File, err error) {
+	i, err := net.InterfaceByName(name)
+	if err != nil {
+		return nil, nil, err
+	}
+	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, 0)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(i.Index)
+	req.AddData(msg)
+	replies, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	attrs, err := nl.ParseRouteAttrAsMap(replies[0][unix.SizeofIfInfomsg:])
+	for _, in := range []uint16{unix.IFLA_LINKINFO, nl.IFLA_INFO_DATA} {
+		if err == nil {
+			attrs, err = nl.ParseRouteAttrAsMap(attrs[in].Value)
+		}
+	}
+	for _, which := range []uint16{unix.IFLA_BR_FDB_N_LEARNED, unix.IFLA_BR_FDB_MAX_LEARNED} {
+		if a, ok := attrs[which]; ok {
+			counts = append(counts, fmt.Sprint(binary.NativeEndian.Uint32(a.Value)))
+		}
+	}
+	return counts, nil, err
+}
+
+// A forgery is a number of frames, each from an address of its own.
+type forgery struct {
+	Name   string
+	Frames int
+}
+
+func forge(_ context.Context, f forgery) (_ struct{}, _ []*os.File, err error) {
+	i, err := net.InterfaceByName(f.Name)
+	if err != nil {
+		return struct{}{}, nil, err
+	}
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return struct{}{}, nil, err
+	}
+	defer unix.Close(fd)
+	frame := make([]byte, 60)
+	copy(frame, net.HardwareAddr{2, 0xee, 0, 0, 0, 1}) // nobody
+	binary.BigEndian.PutUint16(frame[12:], 0x88b5)     // a local experiment's, IEEE 802
+	for n := range f.Frames {
+		frame[6] = 2
+		binary.BigEndian.PutUint32(frame[8:], uint32(n))
+		for { // until there is room in the queue
+			err = unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: i.Index, Halen: 6})
+			if !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EINTR) {
+				break
+			}
+		}
+		if err != nil {
+			return struct{}{}, nil, err
+		}
+	}
+	return struct{}{}, nil, nil
 }

@@ -487,6 +487,26 @@ func TestList(t *testing.T) {
 	}
 }
 
+// A member that sends from ever new addresses does not fill the kernel's memory, nor does it stop others.
+func TestLearningIsBounded(t *testing.T) {
+	s := newSite(t, 1500)
+	a, b := s.join(t, 1, 0), s.join(t, 2, 2)
+	var limits []string
+	call(t, s.ns, "learned", "b1", &limits)
+	if len(limits) == 2 && limits[1] != fmt.Sprint(16*(bridge.MaxPorts+1)) { // since Linux 6.7
+		t.Errorf("learned, and at most: %q", limits)
+	}
+	call(t, a.ns, "forge", forgery{Name: "eth0", Frames: 20000}, nil)
+	call(t, s.ns, "learned", "b1", &limits)
+	if len(limits) == 2 && limits[0] != limits[1] {
+		t.Errorf("learned %s of %s", limits[0], limits[1])
+	}
+	x, y := connection(t, a, b, false)
+	echo(t, x, y)
+	x, y = connection(t, b, a, true)
+	echo(t, x, y)
+}
+
 // What a cable of TAPs carries is super-segments, not the packets that they stand for.
 func TestSuperSegmentsPassWhole(t *testing.T) {
 	s := newSite(t, 1500)

@@ -17,8 +17,8 @@ const (
 	// two VLAN tags, and a super-segment's 64 KiB.
 	maxFrame = 10 + 22 + 1<<16
 
-	// turn is how many frames go one way before other goroutines have theirs. 64 super-segments are a millisecond.
-	turn = 64
+	// turn is how many frames go one way before other goroutines have theirs. 16 super-segments are some 300 µs.
+	turn = 16
 )
 
 // Run carries the frames of a cable of two TAPs, both ways, until ctx ends or the cable is closed: nil then. It
