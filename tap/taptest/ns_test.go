@@ -41,6 +41,7 @@ func TestNewNS(t *testing.T) {
 		t.Fatal(err)
 	}
 	seen := map[string]bool{own: true}
+	var all []*taptest.Namespace // each lives until all are there, for the number of one that has ended is free again
 	for _, owner := range taptest.Owners {
 		ns := taptest.NewNS(t, owner)
 		name, err := os.Readlink(ns.Path())
@@ -52,9 +53,12 @@ func TestNewNS(t *testing.T) {
 		if err != nil || (len(ids) == 0) != (owner == taptest.OwnerUnmapped) {
 			t.Errorf("%s: uid map %q, %v", owner, ids, err)
 		}
+		all = append(all, ns)
+	}
+	for i, ns := range all {
 		ns.End()
 		if _, err := os.Stat(ns.Path()); err == nil {
-			t.Errorf("%s: its process outlived End", owner)
+			t.Errorf("%s: its process outlived End", taptest.Owners[i])
 		}
 		ns.End()
 	}
