@@ -4,6 +4,7 @@ SHELL      := bash
 GO         ?= go
 PREFIX     ?= /usr/local
 DESTDIR    ?=
+BIN        := bin/usernet
 FUZZTIME   ?= 10s
 BENCHFLAGS ?=
 VERSION    ?= $(shell git -c safe.directory='*' describe --tags --always --dirty 2>/dev/null || echo unknown)
@@ -25,7 +26,7 @@ install: build ## $(DESTDIR)$(PREFIX)/bin/usernet, and slirp4netns beside it, a 
 	install -d '$(DESTDIR)$(PREFIX)/bin'
 	@set -e; cd '$(DESTDIR)$(PREFIX)/bin'; if [ -e slirp4netns ] && [ "$$(readlink slirp4netns)" != usernet ]; then \
 		echo "$$PWD/slirp4netns is there and is no link to usernet: remove it, or install elsewhere with PREFIX=" >&2; exit 1; fi
-	install -m 755 bin/usernet '$(DESTDIR)$(PREFIX)/bin/usernet.new'
+	install -m 755 '$(BIN)' '$(DESTDIR)$(PREFIX)/bin/usernet.new'
 	mv -f '$(DESTDIR)$(PREFIX)/bin/usernet.new' '$(DESTDIR)$(PREFIX)/bin/usernet'
 	ln -sf usernet '$(DESTDIR)$(PREFIX)/bin/slirp4netns'
 

@@ -1,6 +1,8 @@
 package e2e
 
 import (
+	"os"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -103,5 +105,40 @@ func TestSlirpBanner(t *testing.T) {
 		if text["slirp4netns"] != text["usernet"] || !strings.HasPrefix(text["usernet"], "Starting slirp\n") {
 			t.Errorf("%s:\nslirp4netns says\n%s\nusernet says\n%s", flags, text["slirp4netns"], text["usernet"])
 		}
+	}
+}
+
+// make install puts the link beside the binary, make uninstall removes both, and neither touches a slirp4netns of somebody else's.
+func TestMakeInstall(t *testing.T) {
+	if !realRoot {
+		return // the source may be where only root gets to
+	}
+	needs(t, "make", "install")
+	dir := t.TempDir()
+	bin := filepath.Join(dir, "usr/bin")
+	line := func(target string) []string {
+		return []string{"make", "--no-print-directory", "-C", "..", "-o", "build", target, "BIN=" + binary, "DESTDIR=" + dir, "PREFIX=/usr"}
+	}
+	for range 2 { // over itself, too
+		lab.root.must(t, line("install")...)
+		if to, err := os.Readlink(filepath.Join(bin, "slirp4netns")); err != nil || to != "usernet" {
+			t.Errorf("the link leads to %q, %v", to, err)
+		}
+		if got := refuse(t, filepath.Join(bin, "slirp4netns"), "--help"); got.status != 0 || !isHelp(got.stdout) {
+			t.Errorf("what is installed: %+v", got)
+		}
+	}
+	lab.root.must(t, line("uninstall")...)
+	if left, err := os.ReadDir(bin); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+	theirs := filepath.Join(bin, "slirp4netns")
+	writeFile(t, theirs, "theirs")
+	if out, status := lab.root.run(t, line("install")...); status == 0 || !strings.Contains(out, "is no link to usernet") || isThere(filepath.Join(bin, "usernet")) {
+		t.Errorf("beside another slirp4netns: status %d, %s", status, out)
+	}
+	lab.root.must(t, line("uninstall")...)
+	if text, err := os.ReadFile(theirs); err != nil || string(text) != "theirs" {
+		t.Errorf("somebody else's is %q, %v", text, err)
 	}
 }

@@ -49,6 +49,9 @@ func takeLoose(o *options) (given inheritedFiles, err error) {
 	if o.exitFD < 0 {
 		return given, nil
 	}
+	if o.exitFD == o.readyFD {
+		return given, fmt.Errorf("ready-fd and exit-fd are both %d: one is closed when all works, the other must stay open", o.exitFD)
+	}
 	var st unix.Stat_t
 	if err := unix.Fstat(o.exitFD, &st); err != nil || st.Mode&unix.S_IFMT == 0 {
 		return given, fmt.Errorf("exit-fd %d is not open: give the reading end of a pipe, whose other end is closed to end us", o.exitFD)

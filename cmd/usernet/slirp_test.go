@@ -131,6 +131,9 @@ func TestTakeLoose(t *testing.T) {
 			t.Errorf("exit-fd %d: %+v, %v", fd, given, err)
 		}
 	}
+	if given, err := takeInherited(&options{readyFD: bad, exitFD: bad, looseFDs: true}); err == nil || !strings.Contains(err.Error(), "both") {
+		t.Errorf("one descriptor for both: %+v, %v", given, err)
+	}
 	// Copies, which takeInherited's files own.
 	ready, err1 := unix.Dup(int(w.Fd()))
 	exit, err2 := unix.Dup(int(r.Fd()))
