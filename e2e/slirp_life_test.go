@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // Each form in which the namespace is named, up to the end by the exit descriptor: data on it means nothing, its
@@ -90,6 +91,26 @@ func TestSlirpAfterSIGKILL(t *testing.T) {
 	if got := tell(t, socket, `{"execute":"list_hostfwd"}`); got != `{"return":{"entries":[]},"entries":[]}` {
 		t.Error(got)
 	}
+}
+
+// buildah and rootlesskit set a death signal, so that it ends with them; and with it ends the helper that makes sockets inside.
+func TestSlirpDiesWithItsCaller(t *testing.T) {
+	needs(t, "setpriv")
+	c := newContainer(t)
+	ready, readyW := pipe(t)
+	caller := lab.home.start(t, func(cmd *exec.Cmd) { cmd.ExtraFiles = []*os.File{readyW} }, "sh", "-c", `setpriv --pdeathsig KILL "$@" & wait`, "sh",
+		asSlirp(t), "-c", "-a", socketPath(t), "-r", "3", strconv.Itoa(c.pid), "tap0")
+	readyW.Close()
+	// The shell has the descriptor, too, so that it does not end.
+	ready.SetReadDeadline(time.Now().Add(patience))
+	if n, err := ready.Read(make([]byte, 1)); n != 1 {
+		t.Fatalf("not ready: %v", err)
+	}
+	if len(processesOf(binary)) == 0 {
+		t.Fatal("there is no process to end")
+	}
+	caller.signal(t, syscall.SIGKILL)
+	eventually(t, "nothing of it is left", func() bool { return len(processesOf(binary)) == 0 })
 }
 
 // Only a dead socket is replaced: slirp4netns removes whatever is there.
