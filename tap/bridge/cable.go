@@ -58,8 +58,8 @@ type Cable struct {
 	done chan struct{} // closed by Close and Detach
 }
 
-// Attach connects the namespace member, and brings its end of the cable up with addresses, routes and lo. member must
-// stay open during the call, and with two TAPs until Close or Detach.
+// Attach connects the namespace member, and brings its end of the cable up with addresses, routes and lo. member is
+// needed for this call only. It may have started a helper there, of which member.Rest lets go.
 //
 // An address works at once: IPv6's duplicate address detection is off, for addresses come from one who knows them all.
 func (b *Bridge) Attach(ctx context.Context, member *netns.NS, cfg CableConfig) (*Cable, error) {

@@ -134,6 +134,7 @@ type deed struct {
 	Alias            string
 	Bare             bool // its addresses are taken away
 	Free             bool // it is a port no more
+	Forget           bool // its neighbours
 	Toggle           int  // so many times down and up
 }
 
@@ -173,6 +174,13 @@ func change(_ context.Context, d deed) (_ struct{}, _ []*os.File, err error) {
 	}
 	if err == nil && d.Free {
 		err = h.LinkSetNoMaster(link)
+	}
+	if err == nil && d.Forget {
+		var all []netlink.Neigh
+		all, err = h.NeighList(link.Attrs().Index, netlink.FAMILY_V4)
+		for _, n := range all {
+			err = errors.Join(err, h.NeighDel(&n))
+		}
 	}
 	for range d.Toggle {
 		err = errors.Join(err, h.LinkSetDown(link), h.LinkSetUp(link))

@@ -1,6 +1,7 @@
 package bridge_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -455,6 +456,64 @@ func TestUplink(t *testing.T) {
 	}
 }
 
+// Members and the gateway find each other, also after the gateway's death.
+func TestUplinkCarriesFrames(t *testing.T) {
+	s := newSite(t, 1500)
+	members := []*member{s.join(t, 1, 0), s.join(t, 2, 2)}
+	gateway := net.HardwareAddr{0x52, 0x55, 10, 89, 1, 254}
+	for range 2 {
+		d, err := s.b.Uplink(t.Context(), tap.Config{Name: "u1", Log: silent})
+		if err != nil {
+			t.Fatal(err)
+		}
+		q := d.Queues()[0]
+		for _, m := range members {
+			call(t, m.ns, "change", deed{Name: "eth0", Forget: true}, nil)
+			c := m.dial(t, "udp", m.addr, m.cfg.Gateway4)
+			if _, err := c.Write([]byte("anybody?")); err != nil {
+				t.Fatal(err)
+			}
+			buf := make([]byte, 70000)
+			for answered := false; ; {
+				n, err := q.Read([][]byte{buf})
+				if errors.Is(err, unix.EAGAIN) {
+					if err = q.Wait(); err == nil {
+						continue
+					}
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				frame := buf[10:n]
+				sender := net.HardwareAddr(slices.Clone(frame[6:12]))
+				if sender.String() != m.cfg.MAC.String() {
+					continue
+				}
+				if bytes.HasSuffix(frame, []byte("anybody?")) && answered {
+					if got := net.HardwareAddr(frame[:6]).String(); got != gateway.String() {
+						t.Errorf("the datagram is for %s", got)
+					}
+					break
+				}
+				// RFC 826: a request for the gateway's address
+				ip := m.cfg.Gateway4.As4()
+				if frame[12] != 8 || frame[13] != 6 || frame[21] != 1 || !bytes.Equal(frame[38:42], ip[:]) {
+					continue
+				}
+				reply := append(slices.Concat(make([]byte, 10), sender, gateway, frame[12:20], []byte{0, 2}, gateway, ip[:], sender), frame[28:32]...)
+				if err := q.Write([][]byte{reply}); err != nil {
+					t.Fatal(err)
+				}
+				answered = true
+			}
+		}
+		if err := d.Detach(); err != nil {
+			t.Fatal(err)
+		}
+		s = s.again(t)
+	}
+}
+
 func TestList(t *testing.T) {
 	s := newSite(t, 1500)
 	veth, taps := s.join(t, 1, 0), s.join(t, 2, 2)
@@ -518,6 +577,44 @@ func TestSuperSegmentsPassWhole(t *testing.T) {
 	call(t, b.ns, "received", "eth0", &received)
 	if most := uint64(size / 1460 / 4); received > most {
 		t.Errorf("%d octets came in %d frames, want at most %d", size, received, most)
+	}
+}
+
+func TestPumpAllocatesNothing(t *testing.T) {
+	s := newSite(t, 1500)
+	a, b := s.join(t, 1, 0), s.join(t, 2, 2)
+	var ends []net.Conn
+	for _, way := range [][2]netip.Addr{{a.addr, b.addr}, {b.addr, a.addr}} {
+		m := a
+		if way[0] == b.addr {
+			m = b
+		}
+		f := call(t, m.ns, "socket", wanted{Network: "udp", Addr: netip.AddrPortFrom(way[0], 80), To: netip.AddrPortFrom(way[1], 80)}, nil)[0]
+		c, err := net.FileConn(f)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
+			t.Fatal(err)
+		}
+		ends = append(ends, c)
+	}
+	// Both ends are there before the first datagram: a port where nobody is would answer with an error.
+	x, y := ends[0], ends[1]
+	buf := make([]byte, 1000)
+	if n := testing.AllocsPerRun(200, func() {
+		for _, way := range [][2]net.Conn{{x, y}, {y, x}} {
+			if _, err := way[0].Write(buf); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := way[1].Read(buf); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations for a frame each way", n)
 	}
 }
 
