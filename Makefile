@@ -13,7 +13,7 @@ VERSION    ?= $(shell git -c safe.directory='*' describe --tags --always --dirty
 export CGO_ENABLED := 0
 GOBUILD := $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: help build install uninstall run test race e2e fuzz bench bench-quick microbench lint cover golden check clean
+.PHONY: help build install uninstall run test race e2e e2e-runtimes fuzz bench bench-quick bench-podman microbench lint cover golden check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -59,6 +59,9 @@ bench: build ## usernet beside slirp4netns, pasta and rootlesskit: half an hour;
 
 bench-quick: BENCHFLAGS += -quick
 bench-quick: bench ## the core of it in under three minutes
+
+bench-podman: build ## podman run with usernet, with slirp4netns and without a network, in turn (root, on Debian)
+	USERNET_BIN=$(CURDIR)/bin/usernet $(GO) test -run '^$$' -bench PodmanRun -benchtime 100x ./e2e/runtimes
 
 microbench: ## the packages' microbenchmarks
 	$(GO) test -run '^$$' -bench . -benchmem ./...
