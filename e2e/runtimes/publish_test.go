@@ -72,6 +72,16 @@ func TestPublishUDP(t *testing.T) {
 	})
 }
 
+// TestPublishIPv6 publishes at addresses of IPv6, which slirp4netns itself cannot.
+func TestPublishIPv6(t *testing.T) {
+	eachPodman(t, func(t *testing.T, p *podman) {
+		p.web(t, "--publish [::1]:8080:80 --publish ["+hostAddr6+"]:8081:80 --network slirp4netns:port_handler=slirp4netns")
+		wantWeb(t, p.host, "[::1]:8080")
+		wantWeb(t, p.outside, "["+hostAddr6+"]:8081")
+		refused(t, p.outside, "["+hostAddr6+"]:8080")
+	})
+}
+
 // TestPublishRange publishes several ports at once, with addresses.
 func TestPublishRange(t *testing.T) {
 	eachPodman(t, func(t *testing.T, p *podman) {
