@@ -6,8 +6,9 @@ import (
 )
 
 // slirpShorts and slirpLongs are options of slirp4netns's that usernet's own command line does not have. Every program that starts
-// slirp4netns gives it at least one of them, -r above all.
-const slirpShorts = "cerm6av"
+// slirp4netns gives it at least one of them, -r above all. Its other short options do not count: by hand they are a slip, and the
+// dialect opens the host's loopback.
+const slirpShorts = "er"
 
 var slirpLongs = []string{
 	"disable-dns", "disable-host-loopback", "enable-ipv6", "enable-sandbox", "enable-seccomp", "macaddress", "netns-type", "target-type",

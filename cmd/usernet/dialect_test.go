@@ -14,7 +14,6 @@ func TestMeansSlirp(t *testing.T) {
 		"-ce3 -r4 4711 tap0":                         true,
 		"4711 --enable-sandbox":                      true,
 		"--netns-type path /n":                       true,
-		"-v":                                         true,
 		// Ours.
 		"":                                  false,
 		"4711":                              false,
@@ -31,6 +30,8 @@ func TestMeansSlirp(t *testing.T) {
 		"4711 -- -r":                        false,
 		"--disable-host-loopbackwards 4711": false,
 		"-":                                 false,
+		"-v":                                false,
+		"-c 4711":                           false,
 	} {
 		if got := meansSlirp(strings.Fields(args)); got != want {
 			t.Errorf("usernet %s: slirp4netns's words %v, want %v", args, got, want)
