@@ -86,6 +86,11 @@ func slirpOptions(s *slirp4netns.Options) (*options, error) {
 		logLevel: slog.LevelWarn, logFormat: "text",
 		sandbox: true, // --enable-sandbox and --enable-seccomp ask for less than what there is anyway
 	}
+	if !s.Configure {
+		// A network that another one sets up, as rootlesskit has dockerd do, has that one's rules: published ports are led on to
+		// bridges by DNAT in there, and the answers to a connection that came over lo leave by tap0 then.
+		o.portPath = portdriver.PathStack
+	}
 	var err error
 	if o.outbound, err = slirpOutbound(s); err != nil {
 		return nil, err

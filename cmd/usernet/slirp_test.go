@@ -37,7 +37,7 @@ func TestSlirpArgv(t *testing.T) {
 func TestSlirpOptions(t *testing.T) {
 	defaults := func(change func(*options)) *options {
 		o := &options{
-			pid: 1, tapFD: -1, tapName: "tap0", mtu: 1500, mtuAgreed: true, queues: 1, hostLoopback: true, portPath: "auto", apiSocket: "none",
+			pid: 1, tapFD: -1, tapName: "tap0", mtu: 1500, mtuAgreed: true, queues: 1, hostLoopback: true, portPath: "stack", apiSocket: "none",
 			dns: true, readyFD: -1, exitFD: -1, looseFDs: true, logLevel: 4, logFormat: "text", sandbox: true,
 			plan: planOf(netip.MustParsePrefix("10.0.2.0/24"), netip.Prefix{}),
 		}
@@ -54,7 +54,7 @@ func TestSlirpOptions(t *testing.T) {
 		{"1", func(*options) {}, 0},
 		{"--enable-sandbox --enable-seccomp 1", func(*options) {}, 0},
 		{"-c -r 3 -e 4 -m 65521 -6 1 eth0", func(o *options) {
-			o.configure, o.readyFD, o.exitFD, o.mtu, o.plan, o.tapName = true, 3, 4, 65521, plan6, "eth0"
+			o.configure, o.portPath, o.readyFD, o.exitFD, o.mtu, o.plan, o.tapName = true, "auto", 3, 4, 65521, plan6, "eth0"
 		}, 0},
 		{"-6 -m 1280 1", func(o *options) { o.mtu, o.plan = 1280, plan6 }, 0},
 		{"-6 -m 1279 1", func(o *options) { o.mtu = 1279 }, 1},
