@@ -64,6 +64,10 @@ func jsonKind(t reflect.Type) string {
 	switch t.Kind() {
 	case reflect.Uint16:
 		return "a port, 0 to 65535"
+	case reflect.Int:
+		return "a number"
+	case reflect.Bool:
+		return "true or false"
 	case reflect.Slice:
 		return "a list"
 	case reflect.Struct:

@@ -7,12 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 
 	rootlesskit "github.com/rootless-containers/rootlesskit/v3/pkg/api"
 	"github.com/rootless-containers/rootlesskit/v3/pkg/api/router"
@@ -30,22 +32,27 @@ func (s *Server) handler() http.Handler {
 	mux := http.NewServeMux()
 	router.AddRoutes(mux, s.rootlesskit())
 
-	for path, methods := range map[string]map[string]http.HandlerFunc{
+	paths := map[string]map[string]http.HandlerFunc{
 		"/v1/usernet/info":          {"GET": s.getInfo},
 		"/v1/usernet/metrics":       {"GET": s.getMetrics},
 		"/v1/usernet/forwards":      {"GET": s.getForwards, "POST": s.postForwards},
 		"/v1/usernet/forwards/{id}": {"GET": s.getForward, "DELETE": s.deleteForward},
-	} {
+	}
+	maps.Copy(paths, s.networks())
+	for path, methods := range paths {
 		for method, h := range methods {
 			mux.HandleFunc(method+" "+path, h)
 		}
-		allow := "GET, HEAD"
-		if methods["POST"] != nil {
-			allow += ", POST"
+		var allowed []string
+		if methods["GET"] != nil {
+			allowed = append(allowed, "GET", "HEAD")
 		}
-		if methods["DELETE"] != nil {
-			allow += ", DELETE"
+		for _, m := range []string{"POST", "DELETE"} {
+			if methods[m] != nil {
+				allowed = append(allowed, m)
+			}
 		}
+		allow := strings.Join(allowed, ", ")
 		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Allow", allow)
 			fail(w, &Error{Status: http.StatusMethodNotAllowed, Code: CodeMethod, Message: r.Method + " means nothing here; there is " + allow})
@@ -310,6 +317,9 @@ func problem(err error) *Error {
 	if conflict, ok := errors.AsType[portdriver.ErrConflict](err); ok {
 		e.Conflict = conflict.ID
 		return is(http.StatusConflict, CodeConflict)
+	}
+	if status, code, ok := networkProblem(err); ok {
+		return is(status, code)
 	}
 	switch {
 	case errors.As(err, new(portdriver.ErrUnknownID)):

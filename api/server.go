@@ -59,6 +59,9 @@ type Config struct {
 	Ports       Ports
 	Rootlesskit port.Manager
 
+	// Networks are those of the shared mode, whose daemon alone has them; nil: none.
+	Networks Networks
+
 	// Info describes the process; called when Serve begins and for each request, concurrently. It need not set
 	// APIVersion, PID and, where Ports is a *portdriver.Driver, its Ports.
 	Info func() Info

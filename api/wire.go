@@ -69,7 +69,8 @@ const (
 	CodeUnknownID    = "unknown-id"    // 404
 	CodeNotFound     = "not-found"     // 404: no such path
 	CodeMethod       = "method"        // 405
-	CodeConflict     = "conflict"      // 409: another forward is there
+	CodeConflict     = "conflict"      // 409: another forward is there, or another network or member has it
+	CodeExhausted    = "exhausted"     // 409: no address, or no place for another, is left
 	CodeInUse        = "in-use"        // 409: somebody else listens there
 	CodeNotAvailable = "not-available" // 409: not an address of this host
 	CodeNotPermitted = "not-permitted" // 403: a privileged port, and the like

@@ -25,6 +25,9 @@ type Policy struct {
 	// (see HostAddrs); what listens on its loopback only is not reached.
 	HostAlias4, HostAlias6 netip.Addr
 
+	// Internal leaves the container nothing but its own network and what the stack itself listens at.
+	Internal bool
+
 	// HostLoopback makes the gateway's ports those of the host's 127.0.0.1 and ::1.
 	HostLoopback bool
 }
@@ -97,6 +100,11 @@ func (p *Policy) Resolve(f Flow, host HostAddrs) (dst netip.AddrPort, verdict Ve
 	switch to {
 	case p.Gateway4, p.Gateway6, p.DNS4, p.DNS6:
 		return p.own(f, echo)
+	}
+	if p.Internal {
+		return refuse(syscall.ENETUNREACH)
+	}
+	switch to {
 	case p.HostAlias4, p.HostAlias6:
 		return forwardTo(host.of(to), f)
 	}

@@ -39,6 +39,19 @@ func (n *neighbours) learn(src netip.Addr, mac hardwareAddr) {
 	n.last.Store(&mac)
 }
 
+// Know tells behind which hardware address an address is before anything was seen of it, where several containers share the
+// link: what goes to one that has said nothing yet would go to the one seen last.
+func (s *Stack) Know(addr netip.Addr, mac [6]byte) { s.neighbours.learnBefore(addr, mac) }
+
+// learnBefore is learn of what nobody has sent: who was seen last stays.
+func (n *neighbours) learnBefore(addr netip.Addr, mac hardwareAddr) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if len(n.byIP) < maxNeighbours {
+		n.byIP[addr] = mac
+	}
+}
+
 // lookup returns the hardware address for dst: the one where it was seen, else the one
 // seen last, else broadcast, which a kernel takes for its own address too.
 func (n *neighbours) lookup(dst netip.Addr) hardwareAddr {

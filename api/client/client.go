@@ -10,10 +10,12 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"strconv"
 	"syscall"
 
 	"usernet/api"
+	"usernet/network"
 )
 
 // maxError bounds what is read of an answer that is no error of ours.
@@ -74,6 +76,41 @@ func (c *Client) Remove(ctx context.Context, id int, drain bool) error {
 		path += "?drain=true"
 	}
 	return c.do(ctx, http.MethodDelete, path, nil, nil)
+}
+
+// Networks lists those of the shared mode.
+func (c *Client) Networks(ctx context.Context) ([]network.Network, error) {
+	var out api.NetworkList
+	err := c.do(ctx, http.MethodGet, "networks", nil, &out)
+	return out.Networks, err
+}
+
+// Network describes one, with its members.
+func (c *Client) Network(ctx context.Context, name string) (n network.Network, err error) {
+	err = c.do(ctx, http.MethodGet, "networks/"+url.PathEscape(name), nil, &n)
+	return n, err
+}
+
+// CreateNetwork makes one.
+func (c *Client) CreateNetwork(ctx context.Context, cfg network.Config) (n network.Network, err error) {
+	err = c.do(ctx, http.MethodPost, "networks", cfg, &n)
+	return n, err
+}
+
+// RemoveNetwork removes one that has no members.
+func (c *Client) RemoveNetwork(ctx context.Context, name string) error {
+	return c.do(ctx, http.MethodDelete, "networks/"+url.PathEscape(name), nil, nil)
+}
+
+// Attach makes a namespace a member of a network.
+func (c *Client) Attach(ctx context.Context, name string, request api.AttachRequest) (a api.Attached, err error) {
+	err = c.do(ctx, http.MethodPost, "networks/"+url.PathEscape(name)+"/members", request, &a)
+	return a, err
+}
+
+// Detach ends a membership.
+func (c *Client) Detach(ctx context.Context, name, member string) error {
+	return c.do(ctx, http.MethodDelete, "networks/"+url.PathEscape(name)+"/members/"+url.PathEscape(member), nil, nil)
 }
 
 // Metrics copies the counters to w, in Prometheus's text format.

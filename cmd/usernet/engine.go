@@ -178,7 +178,7 @@ func (e *engine) forwarderConfig(files int) forwarder.Config {
 			Gateway4: p.gateway4, Gateway6: p.gateway6,
 			DNS4: p.dns4, DNS6: p.dns6,
 			HostAlias4: p.host4, HostAlias6: p.host6,
-			HostLoopback: e.o.hostLoopback,
+			HostLoopback: e.o.hostLoopback, Internal: e.o.internal,
 		},
 		Outbound: e.o.outbound,
 		MaxFiles: files,
@@ -195,8 +195,13 @@ func (e *engine) openResolver() error {
 	if e.resolv, err = dns.OpenResolvConf("/etc/resolv.conf"); err != nil {
 		return fmt.Errorf("the host's resolvers: %w (name others with --dns, or none with --no-dns)", err)
 	}
-	config := dns.Config{Upstreams: e.resolv, Names: dns.StaticNames(e.names()), Dial: e.dialResolver, Log: e.log}
-	if len(e.o.upstreams) > 0 {
+	config := dns.Config{Upstreams: e.resolv, Dial: e.dialResolver, Log: e.log}
+	if e.o.namesFor != nil {
+		config.NamesFor = e.o.namesFor
+	} else {
+		config.Names = dns.StaticNames(e.names())
+	}
+	if len(e.o.upstreams) > 0 || e.o.internal {
 		config.Upstreams = dns.StaticUpstreams(e.o.upstreams)
 	}
 	e.server, err = dns.New(config)
@@ -231,13 +236,16 @@ func (e *engine) stackConfig() (stack.Config, error) {
 	c := stack.Config{
 		MTU: e.mtu(), MAC: p.gatewayMAC(),
 		Gateway4: withLen(p.gateway4, p.net4), Gateway6: withLen(p.gateway6, p.net6),
-		Extra:     valid(p.dns4, p.dns6, p.host6),
+		Extra:     p.extra(),
 		MaxDials:  e.forward.MaxDials(),
 		Beside:    e.forward.Sources(),
 		LinkLocal: p.linkLocal,
 		Log:       e.log,
 	}
-	d := dhcp.Config{Subnet: p.net4, Gateway: p.gateway4, Client: p.container4, MTU: e.mtu(), Search: e.search()}
+	d := dhcp.Config{
+		Subnet: p.net4, Gateway: p.gateway4, Client: p.container4, Lookup: o.lease, NoRoute: o.internal,
+		MTU: e.mtu(), Search: e.search(),
+	}
 	if o.dns {
 		d.DNS = p.dns4
 	}
@@ -249,7 +257,10 @@ func (e *engine) stackConfig() (stack.Config, error) {
 		return leases.Handle(request, time.Now())
 	}
 	if p.net6.IsValid() {
-		r := ra.Config{Prefix: p.net6, MTU: e.mtu(), Search: e.search(), LinkAddr: [6]byte(p.gatewayMAC())}
+		r := ra.Config{
+			Prefix: p.net6, MTU: e.mtu(), Search: e.search(), LinkAddr: [6]byte(p.gatewayMAC()),
+			Static: o.lease != nil, NoRouter: o.internal,
+		}
 		if o.dns {
 			r.DNS = []netip.Addr{p.dns6}
 		}
@@ -394,9 +405,13 @@ func (e *engine) confinement(pid *pidFile) confinement {
 	return c
 }
 
+// search begins with the network's own domain, if it has one: then short names are found.
 func (e *engine) search() []string {
 	if e.resolv == nil {
 		return nil
+	}
+	if e.o.domain != "" {
+		return append([]string{e.o.domain}, e.resolv.Search()...)
 	}
 	return e.resolv.Search()
 }

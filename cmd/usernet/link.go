@@ -18,6 +18,7 @@ import (
 //	a namespace    tap.Open          a TAP that is ours to make, configure and remove
 //	options.tapFD  tap.FromFD        a TAP that somebody has made and passed on
 //	options.bess   tap.ListenSocket  a program's Ethernet card, one frame to a message
+//	options.uplink bridge.Uplink     a port of a bridge with several containers
 //
 // Only with the first is there a namespace to look into: without one published ports go through the stack alone, and the
 // network ends when the device does.
@@ -34,12 +35,14 @@ type link struct {
 }
 
 // inNamespace tells whether the network is one of a namespace that we open.
-func (o *options) inNamespace() bool { return o.tapFD < 0 && o.bess == "" }
+func (o *options) inNamespace() bool { return o.tapFD < 0 && o.bess == "" && o.uplink == nil }
 
 // openLink opens what the options name.
 func (e *engine) openLink(ctx context.Context) (*link, error) {
 	o, p := e.o, e.o.plan
 	switch {
+	case o.uplink != nil:
+		return o.uplink(ctx)
 	case o.bess != "":
 		s, err := tap.ListenSocket(o.bess, o.mtu)
 		if err != nil {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -12,6 +13,7 @@ import (
 
 	"usernet/forwarder"
 	"usernet/portdriver"
+	"usernet/stack/dns"
 	"usernet/tap"
 )
 
@@ -38,6 +40,13 @@ type options struct {
 	// In the place of a namespace, as slirp4netns's dialect alone has it: no namespace is opened, and none is watched.
 	tapFD int    // the TAP, open already, by an inherited descriptor; -1: none
 	bess  string // path of a SOCK_SEQPACKET listener, one frame to a message; "": none
+
+	// Of a shared network, whose daemon makes these options itself: the link that it opens, who has which name and address.
+	uplink   func(context.Context) (*link, error) // nil: none
+	internal bool                                 // no way out
+	domain   string                               // the first of the search list
+	namesFor func(client netip.Addr) dns.Names    // nil: the host's names alone
+	lease    func(client net.HardwareAddr) (netip.Addr, bool)
 
 	question *question // for cmdAsk
 

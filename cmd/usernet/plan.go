@@ -5,6 +5,7 @@ import (
 	"math/big"
 	"net"
 	"net/netip"
+	"slices"
 )
 
 const (
@@ -68,6 +69,11 @@ func planOf(net4, net6 netip.Prefix) plan {
 func (p plan) gatewayMAC() net.HardwareAddr {
 	a := p.gateway4.As4()
 	return net.HardwareAddr{0x52, 0x55, a[0], a[1], a[2], a[3]}
+}
+
+// extra lists the stack's addresses beside the gateway's.
+func (p plan) extra() []netip.Addr {
+	return slices.DeleteFunc(valid(p.dns4, p.dns6, p.host6), func(a netip.Addr) bool { return a == p.gateway4 || a == p.gateway6 })
 }
 
 // dns lists the resolver's addresses, as far as the families are on.

@@ -71,23 +71,12 @@ func confineHelper(context.Context, struct{}) (struct{}, []*os.File, error) {
 
 // openPorts publishes what -p names.
 func (e *engine) openPorts(ctx context.Context, files int) error {
-	o, p := e.o, e.o.plan
+	o := e.o
 	if e.ns == nil {
 		e.whyNoKernel = errors.New("usernet has a device of the container and not its namespace")
 	}
-	config := portdriver.Config{
-		Loop: e.forward.Relay(), Kit: e.kit, WhyNoKernel: e.whyNoKernel,
-		Stack: stackDialer{e.stack}, UDP: udpPublisher{e.forward},
-		Container4: p.container4, Container6: p.container6,
-		Gateway4: p.gateway4, Gateway6: p.gateway6,
-		Path: o.portPath, MaxFiles: files,
-		Log: e.log,
-	}
-	for _, n := range []netip.Prefix{p.net4, p.net6} {
-		if n.IsValid() {
-			config.Subnets = append(config.Subnets, n)
-		}
-	}
+	config := e.portConfig(o.plan.container4, o.plan.container6, files)
+	config.Kit, config.WhyNoKernel = e.kit, e.whyNoKernel
 	var err error
 	if e.ports, err = portdriver.New(config); err != nil {
 		return err
@@ -103,6 +92,25 @@ func (e *engine) openPorts(ctx context.Context, files int) error {
 		}
 	}
 	return nil
+}
+
+// portConfig is that of a driver for a container on our link.
+func (e *engine) portConfig(container4, container6 netip.Addr, files int) portdriver.Config {
+	p := e.o.plan
+	config := portdriver.Config{
+		Loop:  e.forward.Relay(),
+		Stack: stackDialer{e.stack}, UDP: udpPublisher{e.forward},
+		Container4: container4, Container6: container6,
+		Gateway4: p.gateway4, Gateway6: p.gateway6,
+		Path: e.o.portPath, MaxFiles: files,
+		Log: e.log,
+	}
+	for _, n := range []netip.Prefix{p.net4, p.net6} {
+		if n.IsValid() {
+			config.Subnets = append(config.Subnets, n)
+		}
+	}
+	return config
 }
 
 // openControl makes the control socket. The one that nobody asked for by name may be missing.

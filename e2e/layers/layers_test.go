@@ -56,8 +56,8 @@ var layers = map[string]rule{
 		// The tests run the whole way, from a client to a server in a container.
 		tests: []string{"tap", "tap/netns", "tap/taptest", "stack", "forwarder", xnet, "github.com/rootless-containers/rootlesskit/v3/pkg/api"},
 	},
-	"api":        {ours: []string{"portdriver", "portdriver/sockfile"}, outside: []string{xsys, "github.com/rootless-containers/rootlesskit/v3/pkg/..."}, tests: []string{"api/client", "tap/taptest", "forwarder/relay", "github.com/getkin/kin-openapi/...", "github.com/prometheus/..."}},
-	"api/client": {ours: []string{"api"}},
+	"api":        {ours: []string{"portdriver", "portdriver/sockfile", "network"}, outside: []string{xsys, "github.com/rootless-containers/rootlesskit/v3/pkg/..."}, tests: []string{"api/client", "tap/taptest", "forwarder/relay", "github.com/getkin/kin-openapi/...", "github.com/prometheus/..."}},
+	"api/client": {ours: []string{"api", "network"}},
 	"network":    {outside: []string{xsys}},
 
 	// It is the wiring, so it sees everything of ours, but not what the others hide.

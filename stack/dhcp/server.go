@@ -34,13 +34,19 @@ const (
 	minMessage = 576 - 28
 )
 
-// Config of a Server. Subnet, Gateway and Client must be set.
+// Config of a Server. Subnet, Gateway and one of Client and Lookup must be set.
 type Config struct {
 	Subnet  netip.Prefix // IPv4
 	Gateway netip.Addr   // the router, and the server's own address
 	DNS     netip.Addr   // zero: none is told
 	Client  netip.Addr   // for the first client
-	MTU     int          // of IP packets, in octets; zero: none is told
+	NoRoute bool         // no router is told: there is nothing behind the gateway
+
+	// Lookup takes the place of Client and of the pool where somebody else knows who has which address: each client gets
+	// that of its hardware address, or none. It is called for each request, and must not block.
+	Lookup func(client net.HardwareAddr) (netip.Addr, bool)
+
+	MTU int // of IP packets, in octets; zero: none is told
 
 	Search []string // the search list (option 119, RFC 3397); left out whole if it is too long for a reply
 
@@ -64,7 +70,11 @@ func New(cfg Config) (*Server, error) {
 		return nil, fmt.Errorf("dhcp: subnet %s: must be IPv4, /30 or shorter: a gateway and a client need room", cfg.Subnet)
 	}
 	first, last := subnet.Addr(), broadcast(subnet)
-	for _, a := range []netip.Addr{cfg.Gateway, cfg.Client} {
+	hosts := []netip.Addr{cfg.Gateway}
+	if cfg.Lookup == nil {
+		hosts = append(hosts, cfg.Client)
+	}
+	for _, a := range hosts {
 		if !subnet.Contains(a) || a == first || a == last {
 			return nil, fmt.Errorf("dhcp: %s is no address of a host in %s", a, subnet)
 		}
@@ -87,6 +97,9 @@ func New(cfg Config) (*Server, error) {
 	cfg.Subnet = subnet
 	s := &Server{cfg: cfg, lease: cfg.Lease.Truncate(time.Second)}
 	s.setOptions()
+	if cfg.Lookup != nil {
+		return s, nil
+	}
 	var pool []netip.Addr
 	addr := subnet.Addr()
 	for i := range poolLast + 1 {
@@ -105,7 +118,9 @@ func (s *Server) setOptions() {
 		dhcpv4.OptServerIdentifier(s.cfg.Gateway.AsSlice()),
 		dhcpv4.OptSubnetMask(net.CIDRMask(s.cfg.Subnet.Bits(), 32)),
 		dhcpv4.OptBroadcastAddress(broadcast(s.cfg.Subnet).AsSlice()),
-		dhcpv4.OptRouter(s.cfg.Gateway.AsSlice()),
+	}
+	if !s.cfg.NoRoute {
+		o = append(o, dhcpv4.OptRouter(s.cfg.Gateway.AsSlice()))
 	}
 	if s.cfg.DNS.IsValid() {
 		o = append(o, dhcpv4.OptDNS(s.cfg.DNS.AsSlice()))
@@ -199,11 +214,26 @@ func identify(m *dhcpv4.DHCPv4) (string, bool) {
 
 // discover: RFC 2131 §4.3.1.
 func (s *Server) discover(m *dhcpv4.DHCPv4, client string, now time.Time) *dhcpv4.DHCPv4 {
-	addr, ok := s.table.offer(client, addrOf(m.RequestedIPAddress()), now)
+	addr, ok := s.offer(m, client, now)
 	if !ok {
 		return nil // the pool is used up; another server, were there one, may have room
 	}
 	return s.give(m, dhcpv4.MessageTypeOffer, addr)
+}
+
+func (s *Server) offer(m *dhcpv4.DHCPv4, client string, now time.Time) (netip.Addr, bool) {
+	if s.cfg.Lookup != nil {
+		return s.cfg.Lookup(m.ClientHWAddr)
+	}
+	return s.table.offer(client, addrOf(m.RequestedIPAddress()), now)
+}
+
+func (s *Server) bind(m *dhcpv4.DHCPv4, client string, want netip.Addr, now time.Time) bool {
+	if s.cfg.Lookup != nil {
+		addr, ok := s.cfg.Lookup(m.ClientHWAddr)
+		return ok && addr == want
+	}
+	return s.table.bind(client, want, now)
 }
 
 // request: RFC 2131 §4.3.2. Its four states differ in which fields are set.
@@ -221,7 +251,7 @@ func (s *Server) request(m *dhcpv4.DHCPv4, client string, now time.Time) *dhcpv4
 	}
 	// An address of another network, or of another client, is refused. One that we know nothing of, after a restart
 	// of ours, is not, if it is free.
-	if !s.table.bind(client, want, now) {
+	if !s.bind(m, client, want, now) {
 		return s.refuse(m)
 	}
 	return s.give(m, dhcpv4.MessageTypeAck, want)

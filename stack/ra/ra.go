@@ -46,6 +46,12 @@ type Config struct {
 	Search   []string     // search domains; those that are no names are left out
 	LinkAddr [6]byte      // the router's MAC
 
+	// Static keeps hosts from making addresses of their own: somebody else gives them out.
+	Static bool
+
+	// NoRouter tells hosts not to take us for a default router.
+	NoRouter bool
+
 	// Lifetime is how long hosts may take us for a default router without hearing from us again; zero is 30
 	// minutes, and more than 9000 s counts as that.
 	Lifetime time.Duration
@@ -57,6 +63,9 @@ func Advertisement(cfg Config) []byte {
 	router, servers, prefer := cfg.Lifetime, time.Duration(serverLifetime), time.Duration(prefixPrefer)
 	if router == 0 {
 		router = routerLifetime
+	}
+	if cfg.NoRouter {
+		router = 0
 	}
 
 	// RFC 4861 §4.2: type · code · checksum · hop limit · flags (no DHCPv6) · router lifetime ·
@@ -74,19 +83,19 @@ func Advertisement(cfg Config) []byte {
 		m = append(m, optionMTU, 1, 0, 0)
 		m = binary.BigEndian.AppendUint32(m, uint32(cfg.MTU))
 	}
-	m = appendPrefix(m, cfg.Prefix, prefer)
+	m = appendPrefix(m, cfg.Prefix, prefer, !cfg.Static)
 	m = appendServers(m, cfg.DNS, servers)
 	return appendSearch(m, cfg.Search, servers)
 }
 
-func appendPrefix(m []byte, p netip.Prefix, prefer time.Duration) []byte {
+func appendPrefix(m []byte, p netip.Prefix, prefer time.Duration, autonomous bool) []byte {
 	p = p.Masked()
 	if !p.IsValid() || !p.Addr().Is6() {
 		return m
 	}
 	flags := byte(0x80) // on-link
-	if p.Bits() == 64 {
-		flags |= 0x40 // autonomous
+	if p.Bits() == 64 && autonomous {
+		flags |= 0x40
 	}
 	m = append(m, optionPrefix, 4, byte(p.Bits()), flags)
 	m = binary.BigEndian.AppendUint32(m, seconds(prefixValid))

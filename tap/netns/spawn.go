@@ -75,7 +75,8 @@ const secbitNoRoot = 1
 
 // A plan is all that the child needs, in memory that does not move.
 type plan struct {
-	userNS, netNS  uintptr // userNS is noUserNS where it is our own
+	userNS, netNS  uintptr // userNS is noNS where it is our own
+	bare           bool    // no helper, but a command: it has the rights that the user namespace gives, and our descriptors
 	noRoot         bool    // set secbitNoRoot: always where we become somebody in another user namespace
 	caps           uintptr
 	exe, null      uintptr
@@ -87,8 +88,8 @@ type plan struct {
 	failure        [2]uint32 // stage, errno
 }
 
-// noUserNS: stay in the user namespace that we are in. It may not be entered again.
-const noUserNS = ^uintptr(0)
+// noNS: stay in the namespace that we are in. The user namespace may not be entered again.
+const noNS = ^uintptr(0)
 
 func startHelper(userNS, netNS int) (_ *helper, err error) {
 	own, err := isOwnUserNS(userNS)
@@ -142,7 +143,7 @@ func startHelper(userNS, netNS int) (_ *helper, err error) {
 	defer unix.Close(report[0])
 
 	p := &plan{
-		userNS: noUserNS, netNS: keep(netNS), noRoot: true, caps: helperCaps,
+		userNS: noNS, netNS: keep(netNS), noRoot: true, caps: helperCaps,
 		exe: keep(exe), null: keep(null), socket: keep(pair[1]), report: keep(report[1]),
 		capHeader: unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3},
 		empty:     new(byte),
@@ -164,25 +165,39 @@ func startHelper(userNS, netNS int) (_ *helper, err error) {
 		return nil, err
 	}
 
+	pid, err := p.start(report[0], &fds)
+	if err != nil {
+		return nil, err
+	}
+	proc, err := os.FindProcess(pid) // our child, not yet waited for: the PID is still its own
+	if err != nil {
+		return nil, err
+	}
+	return &helper{conn: conn, proc: proc, in: newBuffer()}, nil
+}
+
+// start forks, and waits until the child executes our binary, or has told at the other end of report why it does not. fds
+// are those of the plan, of which it closes report's.
+func (p *plan) start(report int, fds *[]int) (int, error) {
 	syscall.ForkLock.Lock() // nobody else's half-made descriptors go along
 	pid, errno := fork(p)
 	syscall.ForkLock.Unlock()
 	runtime.KeepAlive(p)
 	if errno != 0 {
-		return nil, fmt.Errorf("clone: %w", errno)
+		return 0, fmt.Errorf("clone: %w", errno)
 	}
-	i := slices.Index(fds, int(p.report))
+	i := slices.Index(*fds, int(p.report))
 	unix.Close(int(p.report))
-	fds = slices.Delete(fds, i, i+1)
-	proc, err := os.FindProcess(pid) // our child, not yet waited for: the PID is still its own
-	if err != nil {
-		return nil, err
+	*fds = slices.Delete(*fds, i, i+1)
+	if err := readFailure(report, p.userNS == noNS); err != nil {
+		var s unix.WaitStatus
+		for {
+			if _, e := unix.Wait4(pid, &s, 0, nil); !errors.Is(e, unix.EINTR) {
+				return 0, err
+			}
+		}
 	}
-	if err := readFailure(report[0], own); err != nil {
-		proc.Wait()
-		return nil, err
-	}
-	return &helper{conn: conn, proc: proc, in: newBuffer()}, nil
+	return pid, nil
 }
 
 // isOwnUserNS tells whether fd names the user namespace that we are in.
@@ -284,18 +299,25 @@ func child(p *plan) {
 	)
 	s := stageSession
 	// Neither the terminal's signals nor its hang-up are for the helper.
-	if _, _, errno = syscall.RawSyscall(unix.SYS_SETSID, 0, 0, 0); errno != 0 {
-		goto failed
+	if !p.bare {
+		if _, _, errno = syscall.RawSyscall(unix.SYS_SETSID, 0, 0, 0); errno != 0 {
+			goto failed
+		}
 	}
 	s = stageUserNS
-	if p.userNS != noUserNS {
+	if p.userNS != noNS {
 		if _, _, errno = syscall.RawSyscall(unix.SYS_SETNS, p.userNS, unix.CLONE_NEWUSER, 0); errno != 0 {
 			goto failed
 		}
 	}
 	s = stageNetNS
-	if _, _, errno = syscall.RawSyscall(unix.SYS_SETNS, p.netNS, unix.CLONE_NEWNET, 0); errno != 0 {
-		goto failed
+	if p.netNS != noNS {
+		if _, _, errno = syscall.RawSyscall(unix.SYS_SETNS, p.netNS, unix.CLONE_NEWNET, 0); errno != 0 {
+			goto failed
+		}
+	}
+	if p.bare {
+		goto execute
 	}
 	// execve takes all capabilities from a uid that is not 0, except ambient ones, and gives all to
 	// uid 0 unless told not to.
@@ -335,6 +357,7 @@ func child(p *plan) {
 	// What our caller gave to us (a pipe that tells it when we are ready, say) is not the helper's to
 	// hold open. Kernels before 5.11 refuse this, and the rest has close-on-exec anyway.
 	syscall.RawSyscall(unix.SYS_CLOSE_RANGE, helperSocket+1, ^uintptr(0)>>32, unix.CLOSE_RANGE_CLOEXEC)
+execute:
 	s = stageExec
 	_, _, errno = syscall.RawSyscall6(unix.SYS_EXECVEAT, p.exe, uintptr(unsafe.Pointer(p.empty)),
 		uintptr(unsafe.Pointer(&p.argv[0])), uintptr(unsafe.Pointer(&p.envv[0])), unix.AT_EMPTY_PATH, 0)
