@@ -20,14 +20,16 @@ func (e ending) Error() string { return e.why }
 
 // newLog logs to standard error. A reader who has gone must not end us: SIGPIPE is caught, so that the
 // write fails and the line is lost.
-func newLog(o *options) *slog.Logger {
+func newLog(o *options) *slog.Logger { return newLogTo(os.Stderr, o) }
+
+func newLogTo(w io.Writer, o *options) *slog.Logger {
 	fmt.Fprint(io.Discard, time.Now()) // reads the time zone, while there are files to read
 	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
 	opts := &slog.HandlerOptions{Level: o.logLevel}
 	if o.logFormat == "json" {
-		return slog.New(slog.NewJSONHandler(os.Stderr, opts))
+		return slog.New(slog.NewJSONHandler(w, opts))
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, opts))
+	return slog.New(slog.NewTextHandler(w, opts))
 }
 
 // minFiles are the descriptors without which nothing works: 30 or so that are ours, and a few flows.

@@ -34,8 +34,15 @@ func main() {
 		os.Exit(stageMain(os.Args))
 	case isGuard(os.Args):
 		os.Exit(guardMain())
+	case isExec(os.Args):
+		os.Exit(execMain(os.Args))
+	case isKeeper(os.Args):
+		os.Exit(keeperMain(os.Args))
 	}
 	setProcs()
+	if isDaemon(os.Args) {
+		os.Exit(daemonMain(os.Args))
+	}
 	if argv, is := slirpArgv(os.Args); is {
 		os.Exit(slirp(argv))
 	}
@@ -75,6 +82,11 @@ func usernet(args []string) int {
 		case cmdRun:
 			var status int
 			if status, err = run(o, newLog(o)); err == nil {
+				return status
+			}
+		case cmdOrder:
+			var status int
+			if status, err = obey(o.order, os.Stdout); err == nil {
 				return status
 			}
 		case cmdAttach:

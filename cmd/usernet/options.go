@@ -24,6 +24,7 @@ const (
 	cmdAttach command = iota
 	cmdRun
 	cmdAsk
+	cmdOrder
 	cmdVersion
 	cmdHelp
 )
@@ -49,6 +50,7 @@ type options struct {
 	lease    func(client net.HardwareAddr) (netip.Addr, bool)
 
 	question *question // for cmdAsk
+	order    *order    // for cmdOrder
 
 	// argv of the command to run, for cmdRun; never empty then.
 	argv []string
@@ -104,7 +106,7 @@ func parse(args []string, env func(string) string) (*options, error) {
 }
 
 // ownCommands are the words that are no namespace.
-var ownCommands = []string{"run", "port", "info", "version", "help"}
+var ownCommands = []string{"run", "network", "attach", "detach", "netns", "port", "info", "version", "help"}
 
 func parseCommand(args []string, env func(string) string) (*options, error) {
 	if len(args) == 0 {
@@ -120,6 +122,8 @@ func parseCommand(args []string, env func(string) string) (*options, error) {
 		return &options{command: cmdVersion}, nil
 	case "run":
 		return parseRun(args[1:], env)
+	case "network", "attach", "detach", "netns":
+		return parseOrder(args)
 	case "port", "info":
 		return parseQuestion(args, env)
 	}

@@ -64,7 +64,7 @@ var layers = map[string]rule{
 	"cmd/usernet/slirp4netns": {},
 	"cmd/usernet": {
 		ours:    []string{"cmd/usernet/slirp4netns", "tap/...", "stack/...", "forwarder/...", "portdriver", "api/...", "network"},
-		outside: []string{"github.com/spf13/pflag", xsync, xsys, netlink, "github.com/elastic/go-seccomp-bpf/...", "github.com/prometheus/client_golang/..."},
+		outside: []string{"github.com/spf13/pflag", xsync, xsys, netlink, "github.com/rootless-containers/rootlesskit/v3/pkg/port", "github.com/elastic/go-seccomp-bpf/...", "github.com/prometheus/client_golang/..."},
 	},
 	"bench": {ours: []string{"tap/...", "stack", "forwarder/..."}, outside: []string{xsys, "gonum.org/v1/plot/..."}},
 
