@@ -39,7 +39,7 @@ type Config struct {
 	Gateway4, Gateway6 netip.Addr   // of the default routes; zero means no route
 
 	// Shared: others than usernet are on the link. The kernel tells them of the addresses whenever the interface comes
-	// up, and configuring ends when the addresses can be reached.
+	// up, and configuring ends when the addresses can be reached. A default route that the container has stays.
 	Shared bool
 
 	Queues int // 0 means 1

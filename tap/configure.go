@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -140,7 +141,7 @@ func (r *opened) configure(nl *netlink.Handle, link netlink.Link, cfg Config) er
 	if err := nl.LinkSetUp(link); err != nil {
 		return fmt.Errorf("interface %s: bring it up: %w", cfg.Name, err)
 	}
-	if err := defaultRoute(nl, link, cfg.Gateway4); err != nil {
+	if err := r.defaultRoute(nl, link, cfg.Gateway4, cfg.Shared); err != nil {
 		return err
 	}
 	if !with6 {
@@ -149,7 +150,7 @@ func (r *opened) configure(nl *netlink.Handle, link netlink.Link, cfg Config) er
 	if cfg.Shared {
 		awaitLocal(nl, cfg.IPv6.Addr())
 	}
-	return defaultRoute(nl, link, cfg.Gateway6)
+	return r.defaultRoute(nl, link, cfg.Gateway6, cfg.Shared)
 }
 
 // localPatience bounds a wait for a work queue of the kernel's, which takes some ten milliseconds on a busy machine. Without
@@ -171,15 +172,28 @@ func awaitLocal(nl *netlink.Handle, addr netip.Addr) {
 	}
 }
 
-func defaultRoute(nl *netlink.Handle, link netlink.Link, gateway netip.Addr) error {
+// defaultRoute makes one by the gateway. A shared link may not be the container's only one: a default route that
+// it has, by whatever other interface, stays.
+func (r *opened) defaultRoute(nl *netlink.Handle, link netlink.Link, gateway netip.Addr, shared bool) error {
 	if !gateway.IsValid() {
 		return nil
 	}
-	all := netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+	all, family := netip.PrefixFrom(netip.IPv4Unspecified(), 0), netlink.FAMILY_V4
 	if gateway.Is6() {
-		all = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+		all, family = netip.PrefixFrom(netip.IPv6Unspecified(), 0), netlink.FAMILY_V6
 	}
-	err := nl.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(all), Gw: gateway.AsSlice()})
+	route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(all), Gw: gateway.AsSlice()}
+	put := nl.RouteReplace
+	if shared {
+		put = nl.RouteAdd
+	}
+	err := put(route)
+	if shared && errors.Is(err, unix.EEXIST) {
+		var routes []netlink.Route
+		if routes, err = nl.RouteList(link, family); err == nil && !slices.ContainsFunc(routes, func(r netlink.Route) bool { return r.Gw.Equal(route.Gw) }) {
+			r.Warnings = append(r.Warnings, fmt.Sprintf("there is a default route already, and it stays: the one by %s is not made", gateway))
+		}
+	}
 	if err != nil {
 		return fmt.Errorf("interface %s: default route by %s: %w", link.Attrs().Name, gateway, err)
 	}

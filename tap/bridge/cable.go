@@ -32,7 +32,7 @@ type CableConfig struct {
 
 	MAC                net.HardwareAddr // of the member's end; nil means one that the kernel draws
 	IPv4, IPv6         netip.Prefix     // the member's address in its network; zero means none of that family
-	Gateway4, Gateway6 netip.Addr       // of the default routes; zero means no route
+	Gateway4, Gateway6 netip.Addr       // of the default routes; zero means no route, and one that is there stays
 
 	// Adopt takes up what is there of a cable of these names, with the addresses that the member's end has,
 	// and makes what is missing. Without it an interface of either name is refused: EEXIST.
@@ -147,12 +147,13 @@ func (c *Cable) makeVeth(ctx context.Context, member *netns.NS) error {
 	case errors.Is(err, unix.EPERM):
 		return fmt.Errorf("veth %s: the member's namespace is not owned by the bridge's user namespace, nor by one below: %w", c.cfg.Port, err)
 	case err != nil:
-		return fmt.Errorf("veth %s: %w", c.cfg.Port, err)
+		err = fmt.Errorf("veth %s: %w", c.cfg.Port, err)
+	default:
+		if err = c.dress(ctx, member); err == nil {
+			err = c.announce(ctx, member)
+		}
 	}
-	if err = c.dress(ctx, member); err == nil {
-		err = c.announce(ctx, member)
-	}
-	if err != nil {
+	if err != nil { // of a call that was cut short, too: there was no such port before
 		return errors.Join(err, Remove(context.WithoutCancel(ctx), c.bridge.ns, c.cfg.Port))
 	}
 	return nil

@@ -514,6 +514,44 @@ func TestUplinkCarriesFrames(t *testing.T) {
 	}
 }
 
+// The second network leaves the default routes of the first alone.
+func TestMemberOfTwoNetworks(t *testing.T) {
+	s := newSite(t, 1500)
+	other, err := bridge.Open(t.Context(), s.ns, bridge.Config{Name: "b2", MAC: net.HardwareAddr{0x52, 0x55, 10, 89, 2, 0}, MTU: 1500, Log: silent})
+	if err != nil {
+		t.Fatal(err)
+	}
+	two := &site{Namespace: s.Namespace, ns: s.ns, b: other}
+	for kind, k := range kinds {
+		m := s.join(t, 10+kind, kind)
+		cfg := config(20+kind, k.kind)
+		cfg.Name = "eth1"
+		cfg.IPv4, cfg.Gateway4 = netip.MustParsePrefix(fmt.Sprintf("10.89.2.%d/24", 20+kind)), netip.MustParseAddr("10.89.2.254")
+		cfg.IPv6, cfg.Gateway6 = netip.MustParsePrefix(fmt.Sprintf("fd00:0:0:2::%d/64", 20+kind)), netip.MustParseAddr("fd00:0:0:2::fffe")
+		second := &member{Namespace: m.Namespace, ns: m.ns, cfg: cfg, addr: cfg.IPv4.Addr(), addr6: cfg.IPv6.Addr()}
+		second.connect(t, two)
+		all := see(t, m.ns)
+		if len(all["eth0"].Routes) != 2 || len(all["eth1"].Routes) != 0 {
+			t.Errorf("%s: %+v", k.name, all)
+		}
+		// It is on both, by either interface.
+		a, b := s.join(t, 30+kind, 0), &member{Namespace: taptest.NewNSIn(t, &s.Namespace, false), cfg: cfg}
+		b.ns, b.cfg.Name, b.cfg.Port, b.cfg.MAC = b.Open(t), "eth0", fmt.Sprint("n", kind), nil
+		b.cfg.IPv4, b.cfg.IPv6 = netip.MustParsePrefix("10.89.2.99/24"), netip.MustParsePrefix("fd00:0:0:2::99/64")
+		b.addr, b.addr6 = b.cfg.IPv4.Addr(), b.cfg.IPv6.Addr()
+		b.connect(t, two)
+		for _, six := range []bool{false, true} {
+			x, y := connection(t, a, m, six)
+			echo(t, x, y)
+			x, y = connection(t, b, second, six)
+			echo(t, x, y)
+		}
+		if err := b.cable.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestList(t *testing.T) {
 	s := newSite(t, 1500)
 	veth, taps := s.join(t, 1, 0), s.join(t, 2, 2)
