@@ -27,6 +27,12 @@ func ask(q *question, out io.Writer) error {
 	ctx, cancel := context.WithTimeout(context.Background(), askPatience)
 	defer cancel()
 	path := q.socket
+	if q.network != "" {
+		var err error
+		if path, err = memberSocket(ctx, q.network, q.name); err != nil {
+			return err
+		}
+	}
 	if path == "" {
 		dir, err := api.DefaultDir()
 		if err != nil {

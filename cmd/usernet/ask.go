@@ -19,6 +19,8 @@ type question struct {
 	drain  bool     // remove: let connections end by themselves
 	ids    []int    // remove
 	specs  []string // add: checked where they are carried out
+
+	network, name string // a member of a shared network, in the place of socket
 }
 
 // questionFlags are the flags of one verb.
@@ -32,6 +34,8 @@ func newQuestionFlags(verb string) *questionFlags {
 	f := &questionFlags{set: pflag.NewFlagSet("usernet", pflag.ContinueOnError), q: &question{verb: verb}}
 	f.set.SortFlags = false
 	f.set.StringVar(&f.q.socket, "socket", "", "`FILE` of the control socket (default: $USERNET_SOCKET, else the only one in $XDG_RUNTIME_DIR/usernet)")
+	f.set.StringVar(&f.q.network, "network", "", "shared network whose `NAME` that is, in the place of --socket")
+	f.set.StringVar(&f.q.name, "name", "", "`NAME` of a member of --network")
 	if verb == "remove" {
 		f.set.BoolVar(&f.q.drain, "drain", false, "let connections end by themselves instead of resetting them")
 	} else {
@@ -73,7 +77,15 @@ func parseQuestion(args []string, env func(string) string) (*options, error) {
 	if f.set.Changed("socket") && q.socket == "" {
 		return nil, errors.New("--socket is empty")
 	}
-	q.socket = or(q.socket, env("USERNET_SOCKET"))
+	if (q.network == "") != (q.name == "") {
+		return nil, errors.New("--network and --name belong together: they say which member of which shared network")
+	}
+	if q.network != "" && q.socket != "" {
+		return nil, errors.New("--socket and --network contradict each other")
+	}
+	if q.network == "" {
+		q.socket = or(q.socket, env("USERNET_SOCKET"))
+	}
 	rest := f.set.Args()
 	switch verb {
 	case "add":

@@ -14,6 +14,9 @@
 //	engine.go    namespace, TAP, stack, forwarder and DNS put together, run and taken down
 //	life.go      what ends a life: signals, a hung-up descriptor, the namespace's end
 //	fds.go       descriptors and files given by flags
+//	keeper.go    the shared mode: the process that holds its namespaces; daemon.go the one that serves its networks,
+//	             daemonnet.go one network, member.go and memberports.go one member
+//	shared.go    how an entry finds the daemon, or starts it; sharedflags.go and sharedcmd.go its commands, runnet.go run's part
 //	stats.go     what was counted, in the log at the end
 //	sandbox.go   what the process gives up once all is open; caps.go, root.go, landlock.go, seccomp.go its parts,
 //	             cgo.go and nocgo.go whether there can be one

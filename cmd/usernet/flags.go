@@ -62,6 +62,8 @@ type flags struct {
 	publish                        []string
 	portPath, apiSocket            string
 	pprof                          bool
+	network                        string
+	member                         membership
 }
 
 // A group is a headline of help and the flags below it.
@@ -79,6 +81,12 @@ func newFlags(run bool) *flags {
 		g := f.group("Namespace")
 		g.StringVar(&f.netnsPath, "netns-path", "", "network namespace, such as /proc/1234/ns/net or /run/netns/blue, instead of PID|`PATH`")
 		g.StringVar(&f.usernsPath, "userns-path", "", "user namespace to enter it from, by `PATH`; the kernel knows the right one, so this is rarely needed, and not looked at where a thread may enter directly, as root's")
+	}
+
+	if run {
+		g := f.group("Shared network")
+		g.StringVar(&f.network, "network", "", "join the shared network of that `NAME`; the flags of this group, --mac, --publish and those of Life and Watching go with it")
+		f.member.add(g)
 	}
 
 	g := f.group("Interface")

@@ -3,6 +3,8 @@ package main
 import (
 	"fmt"
 	"strings"
+
+	"github.com/spf13/pflag"
 )
 
 const helpHead = `usernet gives a network namespace a working network, without root.
@@ -10,6 +12,12 @@ const helpHead = `usernet gives a network namespace a working network, without r
 Usage:
   usernet run [flags] [-- COMMAND ARG...]   run COMMAND (default $SHELL) in new namespaces with a network
   usernet [flags] PID|PATH [TAPNAME]        give the network namespace of a process, or at a path, a network
+  usernet network create NAME [flags]       make a shared network, whose members reach each other by name
+  usernet network ls | inspect NAME | rm NAME...
+  usernet attach NETWORK PID|--netns-path PATH --name NAME [flags]
+                                            make the network namespace of a process, or at a path, a member
+  usernet detach NETWORK NAME               end a membership
+  usernet netns exec NETWORK -- COMMAND...  run COMMAND in the namespace of the bridges, to look at them
   usernet port add [--socket FILE] SPEC...  publish ports of a container that runs; SPEC as after --publish
   usernet port list [--socket FILE]         what is published, by which path, and how much passed
   usernet port remove [--socket FILE] ID... take them away; connections are reset, or left to end with --drain
@@ -22,7 +30,11 @@ nohup has that ignored), when the process ends, or when the path no longer names
 stand before and after PID|PATH; those of run end at COMMAND. --flag=value and --flag value mean the same.
 
 port and info ask over the control socket: that of --socket, else of $USERNET_SOCKET, else the only one in
-$XDG_RUNTIME_DIR/usernet. With --json they print the answer as it came.
+$XDG_RUNTIME_DIR/usernet; that of a member of a shared network with --network NETWORK --name NAME. With --json
+they print the answer as it came.
+
+Shared networks are served by a daemon, which each command that needs it starts, and which ends when no network has a member any more;
+its log is $XDG_RUNTIME_DIR/usernet/shared/daemon.log.
 `
 
 const helpTail = `
@@ -47,13 +59,21 @@ signal N ended it, 127 when it is not found, 126 when it cannot be executed, 125
 func helpText() string {
 	var b strings.Builder
 	b.WriteString(helpHead)
-	// The attach form has every flag; those that run lacks are the first group.
-	for _, g := range newFlags(false).groups {
-		title := g.title
-		if title == "Namespace" {
-			title += " (not for run)"
+	// The attach form has every flag but those of one group of run's; what run lacks is the first group.
+	print := func(title string, set *pflag.FlagSet) {
+		fmt.Fprintf(&b, "\n%s:\n%s", title, set.FlagUsagesWrapped(120))
+	}
+	for i, g := range newFlags(false).groups {
+		if i > 0 {
+			print(g.title, g.set)
+			continue
 		}
-		fmt.Fprintf(&b, "\n%s:\n%s", title, g.set.FlagUsagesWrapped(120))
+		print(g.title+" (not for run)", g.set)
+		print("Shared network (run only)", newFlags(true).groups[0].set)
+	}
+	for _, verb := range []string{"network create", "attach"} {
+		where := ""
+		print("usernet "+verb, newOrderFlags(verb, new(order), new(membership), &where))
 	}
 	b.WriteString(helpTail)
 	return b.String()

@@ -34,6 +34,8 @@ func main() {
 		os.Exit(stageMain(os.Args))
 	case isGuard(os.Args):
 		os.Exit(guardMain())
+	case isBelow(os.Args):
+		os.Exit(belowMain(os.Args))
 	case isExec(os.Args):
 		os.Exit(execMain(os.Args))
 	case isKeeper(os.Args):

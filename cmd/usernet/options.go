@@ -11,6 +11,9 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/spf13/pflag"
+
+	"usernet/api"
 	"usernet/forwarder"
 	"usernet/portdriver"
 	"usernet/stack/dns"
@@ -48,6 +51,9 @@ type options struct {
 	domain   string                               // the first of the search list
 	namesFor func(client netip.Addr) dns.Names    // nil: the host's names alone
 	lease    func(client net.HardwareAddr) (netip.Addr, bool)
+
+	joins string             // the shared network that cmdRun's command joins; "": none
+	join  *api.AttachRequest // as whom; nil: it has a network of its own
 
 	question *question // for cmdAsk
 	order    *order    // for cmdOrder
@@ -141,6 +147,9 @@ func parseRun(args []string, env func(string) string) (*options, error) {
 		return nil, err
 	}
 	o.command = cmdRun
+	if err := f.joining(o); err != nil {
+		return nil, err
+	}
 	o.tapName = or(f.tapName, defaultTAP)
 	o.argv = f.set.Args()
 	if len(o.argv) == 0 {
@@ -150,6 +159,39 @@ func parseRun(args []string, env func(string) string) (*options, error) {
 		return nil, errors.New("the command's name is empty")
 	}
 	return o, checkTAPName(o.tapName)
+}
+
+// withNetwork are flags of run that mean something beside --network. The others say what a network is like, and that one is there.
+var withNetwork = []string{
+	"network", "name", "alias", "ip", "ifname", "mac", "publish", "ready-fd", "exit-fd", "pid-file", "no-sandbox", "log-level", "log-format",
+}
+
+// joining reads the flags of a shared network.
+func (f *flags) joining(o *options) error {
+	if !f.set.Changed("network") {
+		for _, name := range []string{"name", "alias", "ip", "ifname"} {
+			if f.set.Changed(name) {
+				return fmt.Errorf("--%s is for a member of a shared network: name that with --network", name)
+			}
+		}
+		return nil
+	}
+	if f.network == "" {
+		return errors.New("--network is empty")
+	}
+	var wrong error
+	f.set.Visit(func(fl *pflag.Flag) {
+		if !slices.Contains(withNetwork, fl.Name) {
+			wrong = fmt.Errorf("--%s and --network contradict each other: what a shared network is like is said when it is created", fl.Name)
+		}
+	})
+	if wrong != nil {
+		return wrong
+	}
+	f.member.mac, f.member.publish = f.mac, f.publish
+	r, err := f.member.request()
+	o.joins, o.join = f.network, &r
+	return err
 }
 
 func parseAttach(args []string) (*options, error) {

@@ -13,8 +13,6 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
-
-	"usernet/tap/netns"
 )
 
 // passedOn are the signals that go to the command. SIGCONT continues it, see terminal.
@@ -43,7 +41,14 @@ func run(o *options, log *slog.Logger) (_ int, err error) {
 	if t.tty != nil {
 		defer t.tty.Close()
 	}
-	child, err := startStage(t)
+	var shared *sharedClient // nil: a network of its own
+	if o.join != nil {
+		if shared, err = findShared(o.joins); err != nil {
+			return 0, err
+		}
+		defer func() { err = errors.Join(err, shared.close()) }()
+	}
+	child, err := startStage(t, shared)
 	if err != nil {
 		return 0, err
 	}
@@ -72,12 +77,16 @@ func run(o *options, log *slog.Logger) (_ int, err error) {
 		cancelOnSignal(ctx, signals, cancel)
 	}()
 
-	warnShadowed(o.plan, log)
-	e, err := openEngine(ctx, o, netns.Config{PID: child.pid}, log)
+	var n *runNet
+	if shared != nil {
+		n, err = shared.join(ctx, o, child.pid)
+	} else {
+		n, err = ownNet(ctx, o, child.pid, log)
+	}
 	if err != nil {
 		return 0, signalStatus(ctx, err)
 	}
-	defer func() { err = errors.Join(err, e.close()) }()
+	defer func() { err = errors.Join(err, n.close()) }()
 	var pid *pidFile
 	if o.pidFile != "" {
 		if pid, err = writePIDFile(o.pidFile); err != nil {
@@ -85,11 +94,8 @@ func run(o *options, log *slog.Logger) (_ int, err error) {
 		}
 		defer func() { err = errors.Join(err, pid.remove()) }()
 	}
-	config := stageConfigFor(o, e)
-	if o.sandbox {
-		c := e.confinement(pid)
-		c.child = child.pid
-		confine(c, log)
+	if o.sandbox && n.confine != nil {
+		n.confine(pid)
 	}
 	cancel(nil)
 	<-early
@@ -105,7 +111,7 @@ func run(o *options, log *slog.Logger) (_ int, err error) {
 	go func() {
 		served <- goEach(network,
 			func(ctx context.Context) error {
-				return e.run(ctx, func() error { close(up); return nil })
+				return n.serve(ctx, func() error { close(up); return nil })
 			},
 			func(ctx context.Context) error {
 				err := endOnHangUp(ctx, given.exit)
@@ -124,7 +130,7 @@ func run(o *options, log *slog.Logger) (_ int, err error) {
 	}
 	t.handOver()
 	defer t.takeBack()
-	if err := child.release(config); err != nil {
+	if err := child.release(n.stage); err != nil {
 		return 0, errors.Join(err, stopAndWait(stopNetwork, served))
 	}
 	if err := sayReady(given.ready); err != nil {
@@ -143,7 +149,9 @@ func run(o *options, log *slog.Logger) (_ int, err error) {
 	err = t.attend(signals, kill)
 	t.takeBack()
 	err = errors.Join(err, stopAndWait(stopNetwork, watched))
-	logStats(log, e)
+	if n.counted != nil {
+		n.counted()
+	}
 	if err != nil {
 		return 0, err
 	}
@@ -192,8 +200,22 @@ type child struct {
 	reaped bool
 }
 
-// startStage starts our own binary in new namespaces, where it waits for release.
-func startStage(t *terminal) (_ *child, err error) {
+// findShared returns a way to the daemon that has a network.
+func findShared(name string) (*sharedClient, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), askPatience)
+	defer cancel()
+	s, err := openSharedClient(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.do(ctx, func(ctx context.Context) error { _, err := s.client.Network(ctx, name); return err }); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	return s, nil
+}
+
+// startStage starts our own binary in new namespaces, where it waits for release; with shared below that one's user namespace.
+func startStage(t *terminal, shared *sharedClient) (_ *child, err error) {
 	ids, err := ownIDs()
 	if err != nil {
 		return nil, err
@@ -211,6 +233,21 @@ func startStage(t *terminal) (_ *child, err error) {
 		return nil, errors.Join(os.NewSyscallError("fcntl(F_DUPFD)", err), w.Close())
 	}
 	defer unix.Close(fd)
+	advise := func(err error) error {
+		return fmt.Errorf("make user, network and mount namespaces: %w", mapAdvice(err, sysctl, os.Geteuid() == 0 && !hasCaps(unix.CAP_SETFCAP)))
+	}
+	if shared != nil {
+		ns, done, err := sharedNamespaces(shared.daemon)
+		if err != nil {
+			return nil, errors.Join(err, w.Close())
+		}
+		defer done()
+		pid, err := startBelow(ns, fd, t.mode != terminalShared)
+		if err != nil {
+			return nil, errors.Join(advise(err), w.Close())
+		}
+		return &child{pid: pid, pipe: w}, nil
+	}
 	p, err := os.StartProcess("/proc/self/exe", []string{stageName, strconv.Itoa(fd)}, &os.ProcAttr{
 		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
 		Sys: &syscall.SysProcAttr{
@@ -223,7 +260,7 @@ func startStage(t *terminal) (_ *child, err error) {
 		},
 	})
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("make user, network and mount namespaces: %w", mapAdvice(err, sysctl, os.Geteuid() == 0 && !hasCaps(unix.CAP_SETFCAP))), w.Close())
+		return nil, errors.Join(advise(err), w.Close())
 	}
 	c := &child{pid: p.Pid, pipe: w}
 	return c, p.Release() // waited for by PID, as stops matter too
@@ -271,16 +308,17 @@ func (c *child) abandon() error {
 	return err
 }
 
-// stageConfigFor says what the command is and what it finds below /etc.
-func stageConfigFor(o *options, e *engine) stageConfig {
+// stageConfigFor says what the command is and what it finds below /etc, for addresses of a plan, and the search list and options
+// of its resolv.conf.
+func stageConfigFor(o *options, p plan, search, resolverOptions []string) stageConfig {
 	c := stageConfig{Parent: os.Getpid(), Argv: o.argv}
 	hostname, _ := os.Hostname()
 	hosts, _ := os.ReadFile("/etc/hosts") // if there is none, the stage says so
-	c.Files = []etcFile{{"/etc/hosts", hostsText(string(hosts), o.plan, hostname)}}
+	c.Files = []etcFile{{"/etc/hosts", hostsText(string(hosts), p, hostname)}}
 	if !o.dns {
 		return c
 	}
-	text := resolvConfText(o.plan.dns4, e.search(), e.resolverOptions())
+	text := resolvConfText(p.dns4, search, resolverOptions)
 	c.Files = append(c.Files, etcFile{"/etc/resolv.conf", text})
 	c.Dirs = []etcDir{
 		{"/run/nscd", nil},

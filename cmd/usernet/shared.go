@@ -156,3 +156,22 @@ func (s *sharedClient) do(ctx context.Context, ask func(context.Context) error) 
 	}
 	return ask(ctx)
 }
+
+// memberSocket is the control socket of a member that there is.
+func memberSocket(ctx context.Context, name, member string) (path string, err error) {
+	s, err := openSharedClient(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, s.close()) }()
+	var n network.Network
+	if err := s.do(ctx, func(ctx context.Context) (err error) { n, err = s.client.Network(ctx, name); return err }); err != nil {
+		return "", err
+	}
+	for _, m := range n.Members {
+		if m.Name == member {
+			return s.dir.Socket(name, member)
+		}
+	}
+	return "", fmt.Errorf("network %q has no member %q: see usernet network inspect %s", name, member, name)
+}
