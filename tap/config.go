@@ -37,9 +37,10 @@ type Config struct {
 
 	IPv4, IPv6         netip.Prefix // the container's address in its network; zero means none of that family
 	Gateway4, Gateway6 netip.Addr   // of the default routes; zero means no route
+	Metric             int          // of the default routes, the lowest of which the kernel takes; zero means the kernel's own
 
 	// Shared: others than usernet are on the link. The kernel tells them of the addresses whenever the interface comes
-	// up, and configuring ends when the addresses can be reached. A default route that the container has stays.
+	// up, and configuring ends when the addresses can be reached. A default route of the same metric that the container has stays.
 	Shared bool
 
 	Queues int // 0 means 1

@@ -141,7 +141,7 @@ func (r *opened) configure(nl *netlink.Handle, link netlink.Link, cfg Config) er
 	if err := nl.LinkSetUp(link); err != nil {
 		return fmt.Errorf("interface %s: bring it up: %w", cfg.Name, err)
 	}
-	if err := r.defaultRoute(nl, link, cfg.Gateway4, cfg.Shared); err != nil {
+	if err := r.defaultRoute(nl, link, cfg.Gateway4, cfg); err != nil {
 		return err
 	}
 	if !with6 {
@@ -150,7 +150,7 @@ func (r *opened) configure(nl *netlink.Handle, link netlink.Link, cfg Config) er
 	if cfg.Shared {
 		awaitLocal(nl, cfg.IPv6.Addr())
 	}
-	return r.defaultRoute(nl, link, cfg.Gateway6, cfg.Shared)
+	return r.defaultRoute(nl, link, cfg.Gateway6, cfg)
 }
 
 // localPatience bounds a wait for a work queue of the kernel's, which takes some ten milliseconds on a busy machine. Without
@@ -173,8 +173,8 @@ func awaitLocal(nl *netlink.Handle, addr netip.Addr) {
 }
 
 // defaultRoute makes one by the gateway. A shared link may not be the container's only one: a default route that
-// it has, by whatever other interface, stays.
-func (r *opened) defaultRoute(nl *netlink.Handle, link netlink.Link, gateway netip.Addr, shared bool) error {
+// it has, by whatever other interface, stays, and one of another metric is beside it.
+func (r *opened) defaultRoute(nl *netlink.Handle, link netlink.Link, gateway netip.Addr, cfg Config) error {
 	if !gateway.IsValid() {
 		return nil
 	}
@@ -182,13 +182,13 @@ func (r *opened) defaultRoute(nl *netlink.Handle, link netlink.Link, gateway net
 	if gateway.Is6() {
 		all, family = netip.PrefixFrom(netip.IPv6Unspecified(), 0), netlink.FAMILY_V6
 	}
-	route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(all), Gw: gateway.AsSlice()}
+	route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(all), Gw: gateway.AsSlice(), Priority: cfg.Metric}
 	put := nl.RouteReplace
-	if shared {
+	if cfg.Shared {
 		put = nl.RouteAdd
 	}
 	err := put(route)
-	if shared && errors.Is(err, unix.EEXIST) {
+	if cfg.Shared && errors.Is(err, unix.EEXIST) {
 		var routes []netlink.Route
 		if routes, err = nl.RouteList(link, family); err == nil && !slices.ContainsFunc(routes, func(r netlink.Route) bool { return r.Gw.Equal(route.Gw) }) {
 			r.Warnings = append(r.Warnings, fmt.Sprintf("there is a default route already, and it stays: the one by %s is not made", gateway))

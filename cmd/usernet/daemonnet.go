@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
 	"regexp"
 	"time"
@@ -261,16 +262,17 @@ func (d *daemon) openMember(r api.AttachRequest) (*netns.NS, network.Request, er
 	join := network.Request{
 		Name: r.Name, Aliases: r.Aliases, IPv4: r.IPv4, IPv6: r.IPv6, MAC: r.MAC, Ifname: r.Ifname, Path: r.Path, Ports: r.Publish,
 	}
-	where := netns.Config{PID: r.PID, Path: r.Path, Helper: true}
-	if r.PID != 0 && r.Path == "" {
-		var err error
-		if join.Process, err = network.ReadProcess(r.PID); err != nil {
-			return nil, join, &api.Error{Status: 400, Code: api.CodeBadRequest, Message: err.Error()}
-		}
+	bad := func(err error) (*netns.NS, network.Request, error) {
+		return nil, join, &api.Error{Status: http.StatusBadRequest, Code: api.CodeBadRequest, Message: err.Error()}
 	}
-	ns, err := netns.Open(where)
+	ns, err := netns.Open(netns.Config{PID: r.PID, Path: r.Path, Helper: true})
 	if err != nil {
-		return nil, join, &api.Error{Status: 400, Code: api.CodeBadRequest, Message: err.Error()}
+		return bad(err)
+	}
+	if r.Path == "" {
+		if join.Process, err = network.ReadProcess(r.PID); err != nil {
+			return bad(errors.Join(err, ns.Close()))
+		}
 	}
 	err = notOurs(ns)
 	if err == nil {
@@ -284,7 +286,7 @@ func (d *daemon) openMember(r api.AttachRequest) (*netns.NS, network.Request, er
 		err = fmt.Errorf("%s is that of the bridges: it cannot be a member", ns)
 	}
 	if err != nil {
-		return nil, join, errors.Join(err, ns.Close())
+		return bad(errors.Join(err, ns.Close()))
 	}
 	return ns, join, nil
 }

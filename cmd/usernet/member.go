@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"net/netip"
 	"sync"
 	"time"
@@ -31,6 +32,9 @@ type member struct {
 	work sync.WaitGroup
 }
 
+// firstMetric is below the metrics of members' default routes. What a container has of its own, with none, goes first.
+const firstMetric = 100
+
 // open connects the member and starts what serves it. What it has opened it closes on an error, ns too. With adopt it takes up what
 // is there, and ports that cannot be published any more are no reason to leave a container without a network.
 func (m *member) open(ctx context.Context, sn *sharedNet, rec network.Member, ports memberPortsSpec, adopt bool) (err error) {
@@ -46,6 +50,7 @@ func (m *member) open(ctx context.Context, sn *sharedNet, rec network.Member, po
 	}
 	if !sn.is.Internal { // without a way out there is no route: what cannot be reached is told at once
 		config.Gateway4, config.Gateway6 = sn.is.Gateway, sn.is.Gateway6
+		config.Metric = firstMetric + rec.Number // by the network that was joined first, and when that is left by another
 	}
 	if m.cable, err = sn.bridge.Attach(ctx, m.ns, config); err != nil {
 		return err
@@ -171,7 +176,7 @@ type memberPortsSpec struct {
 
 func parsePorts(n network.Network, words []string) (p memberPortsSpec, err error) {
 	bad := func(format string, args ...any) (memberPortsSpec, error) {
-		return p, &api.Error{Status: 400, Code: api.CodeBadRequest, Message: fmt.Sprintf(format, args...)}
+		return p, &api.Error{Status: http.StatusBadRequest, Code: api.CodeBadRequest, Message: fmt.Sprintf(format, args...)}
 	}
 	if n.Internal && len(words) > 0 {
 		return bad("network %q is internal: there is no way in or out of it, and no port of its members is published", n.Name)

@@ -33,6 +33,7 @@ type CableConfig struct {
 	MAC                net.HardwareAddr // of the member's end; nil means one that the kernel draws
 	IPv4, IPv6         netip.Prefix     // the member's address in its network; zero means none of that family
 	Gateway4, Gateway6 netip.Addr       // of the default routes; zero means no route, and one that is there stays
+	Metric             int              // of these, so that a container of several networks has a route by each; zero means the kernel's
 
 	// Adopt takes up what is there of a cable of these names, with the addresses that the member's end has,
 	// and makes what is missing. Without it an interface of either name is refused: EEXIST.
@@ -80,7 +81,7 @@ func (b *Bridge) Attach(ctx context.Context, member *netns.NS, cfg CableConfig) 
 func (c *Cable) inside() tap.Config {
 	return tap.Config{
 		Name: c.cfg.Name, MTU: c.bridge.cfg.MTU, MAC: c.cfg.MAC, Configure: true, Shared: true,
-		IPv4: c.cfg.IPv4, IPv6: c.cfg.IPv6, Gateway4: c.cfg.Gateway4, Gateway6: c.cfg.Gateway6,
+		IPv4: c.cfg.IPv4, IPv6: c.cfg.IPv6, Gateway4: c.cfg.Gateway4, Gateway6: c.cfg.Gateway6, Metric: c.cfg.Metric,
 		Fresh: !c.cfg.Adopt, Unlocked: true, NoOffload: c.cfg.NoOffload, Log: c.cfg.Log,
 	}
 }

@@ -1,0 +1,158 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// What tests of survival have: two members on veths, and one on TAPs unless the machine's root, who may connect everybody by a veth, runs them.
+type crew struct {
+	*sharing
+	members map[string]*container
+	was     map[string]sharedMember
+}
+
+func newCrew(t *testing.T) *crew {
+	t.Helper()
+	c := &crew{newSharing(t), map[string]*container{}, map[string]sharedMember{}}
+	c.do(t, "network", "create", "web")
+	for _, name := range []string{"a", "b"} {
+		c.members[name], c.was[name] = c.running(t, "web", name)
+	}
+	c.members["tap"], c.was["tap"] = c.joined(t, "web", "tap", "-p", "7400:80")
+	for _, m := range c.members {
+		m.net.serve(t, "tcp", ":80", echo)
+	}
+	return c
+}
+
+// same fails unless the members are what they were, and all that they had works. On which cable they are need not stay.
+func (c *crew) same(t *testing.T) {
+	t.Helper()
+	now := map[string]sharedMember{}
+	for _, m := range c.inspect(t, "web").Members {
+		now[m.Name] = m
+	}
+	if len(now) != len(c.was) {
+		t.Errorf("there are %d members, and were %d", len(now), len(c.was))
+	}
+	outside := lab.outside.serve(t, "tcp", outsideAddr4+":0", echo)
+	for name, was := range c.was {
+		is := now[name]
+		is.Cable = was.Cable
+		if fmt.Sprint(is) != fmt.Sprint(was) {
+			t.Errorf("%s is %+v, and was %+v", name, is, was)
+		}
+		for _, to := range c.was {
+			mustReach(t, c.members[name].net, joinHostPort(to.IPv4, 80))
+			mustReach(t, c.members[name].net, joinHostPort(to.IPv6, 80))
+		}
+		mustReach(t, c.members[name].net, outside.String())
+		if got := strings.TrimSpace(c.members[name].must(t, "dig", "+short", "@"+c.inspect(t, "web").Gateway, "-q", "tap.web.usernet.internal")); got != c.was["tap"].IPv4 {
+			t.Errorf("%s finds tap at %q", name, got)
+		}
+	}
+	mustReach(t, lab.outside, joinHostPort(hostAddr4, 7400))
+}
+
+// A daemon that is killed is started again and finds everything; members on veths meanwhile lose not one packet.
+func TestSharedDaemonKilled(t *testing.T) {
+	needs(t, "dig", "ping")
+	c := newCrew(t)
+	// 200 packets in 2 s, amid which the daemon is killed: by then some have come back.
+	ping := c.members["a"].start(t, nil, "ping", "-O", "-i", "0.01", "-c", "200", c.was["b"].IPv4)
+	ping.has(t, "icmp_seq=20 ")
+	c.kill(t, "usernet-daemon")
+	c.same(t)
+	ping.wait(t)
+	if out := ping.out.String(); !strings.Contains(out, "200 packets transmitted, 200 received") {
+		t.Errorf("members lost packets between them:\n%s", tail(out))
+	}
+	c.kill(t, "usernet-daemon")
+	c.same(t)
+}
+
+// Without its keeper the daemon goes on, and the next command starts a keeper, which starts the daemon again.
+func TestSharedKeeperKilled(t *testing.T) {
+	needs(t, "dig")
+	c := newCrew(t)
+	daemon := c.pid(t, "usernet-daemon")
+	c.kill(t, "usernet-keeper")
+	c.do(t, "network", "ls")
+	if c.pid(t, "usernet-daemon") != daemon {
+		t.Error("the daemon is another one")
+	}
+	c.pid(t, "usernet-keeper")
+	c.same(t)
+	c.kill(t, "usernet-daemon")
+	c.pid(t, "usernet-daemon")
+	c.same(t)
+}
+
+// When both are killed the bridges are gone, and the next command makes them anew for the members that live.
+func TestSharedBothKilled(t *testing.T) {
+	needs(t, "dig")
+	c := newCrew(t)
+	dead, _ := c.joined(t, "web", "dead")
+	c.kill(t, "usernet-keeper", "usernet-daemon")
+	syscall.Kill(dead.pid, syscall.SIGKILL)
+	<-dead.ended
+	c.do(t, "network", "ls")
+	c.same(t)
+}
+
+// Members come and go, and nothing of them stays, here or there. Those that stay do not notice.
+func TestSharedComings(t *testing.T) {
+	needs(t, "ping", "ip")
+	const rounds = 25
+	c := newCrew(t)
+	guests := []*container{newContainerBy(t, rootMapped...), newContainerBy(t, rootMapped...)}
+	round := func() {
+		for i, g := range guests {
+			c.do(t, "attach", "web", fmt.Sprint(g.pid), "--name", fmt.Sprintf("guest%d", i), "-p", fmt.Sprintf("%d:80", 7410+i))
+		}
+		for i := range guests {
+			c.do(t, "detach", "web", fmt.Sprintf("guest%d", i))
+		}
+	}
+	round() // what comes once stays
+	count := func() string {
+		links := c.do(t, "netns", "exec", "web", "--", "ip", "-o", "link")
+		return fmt.Sprintf("%d interfaces, %d helpers", strings.Count(links, "\n"), len(childrenOf(c.pid(t, "usernet-daemon"))))
+	}
+	fds := func() int {
+		all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", c.pid(t, "usernet-daemon")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(all)
+	}
+	before, open := count(), fds()
+	ping := c.members["b"].start(t, nil, "ping", "-O", "-i", "0.02", c.was["a"].IPv4)
+	ping.has(t, "icmp_seq=2 ")
+	for range rounds {
+		round()
+	}
+	ping.signal(t, syscall.SIGINT)
+	ping.wait(t)
+	if out := ping.out.String(); !strings.Contains(out, " 0% packet loss") {
+		t.Errorf("members lost packets while others came and went:\n%s", tail(out))
+	}
+	if after := count(); after != before {
+		t.Errorf("%s, and before %s", after, before)
+	}
+	eventually(t, fmt.Sprintf("the daemon has %d files open again", open), func() bool { return fds() <= open })
+	for _, g := range guests {
+		if out := g.must(t, "ip", "-o", "link"); strings.Count(out, "\n") != 1 {
+			t.Errorf("a guest keeps an interface:\n%s", out)
+		}
+	}
+	if left, _ := filepath.Glob(filepath.Join(c.dir, "web", "guest*.sock")); len(left) > 0 {
+		t.Errorf("sockets are left: %v", left)
+	}
+	c.same(t)
+}
