@@ -75,7 +75,7 @@ func openTAP(cfg Config) (r opened, files []*os.File, err error) {
 		return r, nil, fmt.Errorf("interface %s is there already: remove it, or choose another name: %w", cfg.Name, unix.EEXIST)
 	}
 	if !r.Adopted {
-		if err := create(cfg.Name); err != nil {
+		if err := create(cfg.Name, cfg.Queues > 1); err != nil {
 			return r, nil, err
 		}
 		if tun, err = findTAP(nl, cfg.Name); err == nil && tun == nil {
@@ -144,8 +144,9 @@ func busy(name string) error {
 }
 
 // create makes a TAP that outlives its maker, so that a crash of usernet costs the container neither
-// addresses nor routes.
-func create(name string) error {
+// addresses nor routes. One that may have several queues has 256 of the kernel's, which it takes about a
+// millisecond to make, and another to remove.
+func create(name string, several bool) error {
 	// Tried first because water says less, and leaks its descriptor where it fails.
 	fd, err := openTUN()
 	if err != nil {
@@ -156,7 +157,7 @@ func create(name string) error {
 	defer syscall.ForkLock.RUnlock()
 	w, err := water.New(water.Config{
 		DeviceType:             water.TAP,
-		PlatformSpecificParams: water.PlatformSpecificParams{Name: name, Persist: true, MultiQueue: true},
+		PlatformSpecificParams: water.PlatformSpecificParams{Name: name, Persist: true, MultiQueue: several},
 	})
 	if err != nil {
 		return fmt.Errorf("make interface %s: %w", name, explainIff(err))

@@ -60,7 +60,9 @@ func confinedRole() int {
 		return 1
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	confine(confinement{readDirs: resolv.Dirs(), removeDirs: []*os.File{pid.dir}, caps: capsForwarding, child: p.Pid}, log)
+	c := confinement{readDirs: resolv.Dirs(), removeDirs: []*os.File{pid.dir}, caps: capsForwarding, child: p.Pid}
+	confine(c, log)
+	confineMore(c, log)
 
 	out := json.NewEncoder(os.Stdout)
 	tried := map[string]string{}

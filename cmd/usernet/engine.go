@@ -122,7 +122,7 @@ func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.L
 			return nil, err
 		}
 	}
-	e.spare = netns.FindSpare()
+	e.spare = netns.OpenSpare()
 	return e, nil
 }
 
@@ -336,13 +336,22 @@ func (e *engine) run(ctx context.Context, ready func() error) error {
 // settleAfter is when the start is over, and what comes now is what will come.
 const settleAfter = 2 * time.Second
 
-// settle gives back the memory that only the start needed: most of the pages of a binary that has just begun.
+// settle gives up what only the start needed: the rest of the rights, and most of the pages of a binary that has just begun.
 func (e *engine) settle(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
+		return nil
 	case <-time.After(settleAfter):
-		e.spare.Trim()
 	}
+	if e.o.sandbox {
+		confineMore(e.confinement(nil), e.log)
+		if e.kit != nil {
+			if _, err := e.ns.Call(ctx, ops(), opConfineMore, struct{}{}, nil); err != nil && ctx.Err() == nil {
+				e.log.Warn("sandbox: the helper keeps its bounding set of capabilities", "error", err)
+			}
+		}
+	}
+	e.spare.Trim()
 	return nil
 }
 
@@ -362,7 +371,7 @@ func (e *engine) endWithNamespace(ctx context.Context) error {
 
 // close closes the link and lets go of the namespace. It comes after run, or in its place.
 func (e *engine) close() error {
-	errs := []error{e.closePorts()}
+	errs := []error{e.closePorts(), e.spare.Close()}
 	if e.forward != nil {
 		errs = append(errs, e.forward.Close())
 	}

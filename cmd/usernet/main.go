@@ -56,7 +56,7 @@ func ops() netns.Ops {
 	all := tap.Ops()
 	maps.Copy(all, inside.Ops())
 	maps.Copy(all, bridge.Ops())
-	all[opConfine] = netns.Handle(confineHelper)
+	all[opConfine], all[opConfineMore] = confinedHelper(confine), confinedHelper(confineMore)
 	return all
 }
 

@@ -61,12 +61,18 @@ func (e *engine) openKit(ctx context.Context, files int) {
 	}
 }
 
-// opConfine has the helper give up what it has no more use for, once the TAP is there.
-const opConfine = "usernet.confine"
+// opConfine has the helper give up what it has no more use for, once the TAP is there, and opConfineMore the rest, when nobody waits.
+const (
+	opConfine     = "usernet.confine"
+	opConfineMore = "usernet.confine-more"
+)
 
-func confineHelper(context.Context, struct{}) (struct{}, []*os.File, error) {
-	confine(confinement{caps: capsInside}, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
-	return struct{}{}, nil, nil
+// confinedHelper is an operation that gives up, by f, what a helper can do without.
+func confinedHelper(f func(confinement, *slog.Logger)) netns.Op {
+	return netns.Handle(func(context.Context, struct{}) (struct{}, []*os.File, error) {
+		f(confinement{caps: capsInside}, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
+		return struct{}{}, nil, nil
+	})
 }
 
 // openPorts publishes what -p names.

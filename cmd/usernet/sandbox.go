@@ -20,6 +20,7 @@ import (
 //	landlock      files: read below the directories of resolv.conf, nothing else
 //	caps          none but those that forwarding needs, nor any to regain
 //	seccomp       the system calls of the table, and no other
+//	bounds        no capability from an execve either; this one alone when the start is over, see confineBounds
 //
 // Each holds for all threads: Go moves goroutines between them. syscall.AllThreadsSyscall repeats a
 // call on each one, which it can only without cgo. With cgo nothing of it is done, for half of it is worse:
@@ -47,18 +48,33 @@ func confine(c confinement, log *slog.Logger) {
 		log.Warn("sandbox: left out, usernet keeps every right: it was built with cgo; build it with CGO_ENABLED=0")
 		return
 	}
-	var done []string
-	for _, step := range []struct {
-		name string
-		do   func(confinement) error
-	}{
+	c.give(log, []part{
 		{"memory", confineMemory},
 		{"no_new_privs", noNewPrivs},
 		{"root", confineRoot},
 		{"landlock", confineFiles},
 		{"capabilities", confineCaps},
 		{"seccomp", confineCalls},
-	} {
+	})
+}
+
+// confineMore is for what nobody need wait for; it comes some time after confine.
+func confineMore(c confinement, log *slog.Logger) {
+	if !cgoEnabled {
+		c.give(log, []part{{"bounds", confineBounds}})
+	}
+}
+
+// A part of the sandbox.
+type part struct {
+	name string
+	do   func(confinement) error
+}
+
+// give gives up, part by part.
+func (c confinement) give(log *slog.Logger, parts []part) {
+	var done []string
+	for _, step := range parts {
 		err := step.do(c)
 		switch {
 		case err == nil:

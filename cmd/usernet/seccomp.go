@@ -49,6 +49,9 @@ var calls = []struct {
 	{"the end: the helper and run's command are waited for, the namespace's lock is given up", []string{
 		"flock", "pidfd_open", "pidfd_send_signal", "wait4", "waitid",
 	}},
+	{"giving capabilities up: see confineBounds", []string{
+		"capget", "capset",
+	}},
 	{"who we are", []string{
 		"getegid", "geteuid", "getgid", "getpgid", "getpgrp", "getppid", "getuid",
 	}},
@@ -86,6 +89,8 @@ func rules(c confinement) []rule {
 		{"tgkill", []seccomp.Condition{equal(0, unix.Getpid())}},
 		{"prctl", []seccomp.Condition{equal(0, unix.PR_SET_VMA)}},
 		{"prctl", []seccomp.Condition{equal(0, unix.PR_GET_SECCOMP)}},
+		// confineBounds; there is nothing to be had by it.
+		{"prctl", []seccomp.Condition{equal(0, unix.PR_CAPBSET_DROP)}},
 		// Reading limits, not setting them.
 		{"prlimit64", []seccomp.Condition{equal(2, 0)}},
 	}

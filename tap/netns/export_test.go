@@ -28,9 +28,10 @@ func (n *NS) Direct() bool {
 
 // Trim does what a helper at rest does, and says how many mappings there were.
 func Trim() int {
-	s := FindSpare()
+	s := OpenSpare()
+	defer s.Close()
 	s.Trim()
-	return len(s)
+	return len(s.find())
 }
 
 // OpenWithoutPidfd is OpenPID on a host that has no pidfd for us.

@@ -43,7 +43,9 @@ func HelperMain(ops Ops) int {
 		return 1
 	}
 	defer c.Close()
-	err = serve(c, ops, FindSpare())
+	spare := OpenSpare()
+	defer spare.Close()
+	err = serve(c, ops, spare)
 	// A reset comes instead of an end where the parent died without reading an answer.
 	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", helperName, err)

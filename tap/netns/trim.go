@@ -1,6 +1,7 @@
 package netns
 
 import (
+	"io"
 	"os"
 	"runtime/debug"
 	"strconv"
@@ -13,14 +14,43 @@ import (
 // which it needs little again: the pages of text that its start has touched are in the page cache, and cost a fault
 // where they are needed once more.
 
-// Spare are the mappings of files that hold what the file holds, and nothing else.
-type Spare []mapping
+// Spare are the mappings of files that hold what the file holds, and nothing else. The zero Spare has none.
+type Spare struct{ smaps *os.File }
 
 type mapping struct{ start, size uintptr }
 
-// FindSpare reads them once, as a sandbox may close /proc. Without /proc there is nothing to spare.
-func FindSpare() (s Spare) {
-	smaps, err := os.ReadFile("/proc/self/smaps")
+// OpenSpare comes before a sandbox that closes /proc. Without /proc there is nothing to spare. Close follows.
+func OpenSpare() Spare {
+	f, _ := os.Open("/proc/self/smaps") // to read it takes the kernel a millisecond: not while somebody waits for our start
+	return Spare{f}
+}
+
+// Close gives up the file.
+func (s Spare) Close() error {
+	if s.smaps == nil {
+		return nil
+	}
+	return s.smaps.Close()
+}
+
+// Trim gives back what can be had again.
+func (s Spare) Trim() {
+	debug.FreeOSMemory()
+	for _, m := range s.find() {
+		// The same octets come back from the file. An error leaves them where they are.
+		unix.RawSyscall(unix.SYS_MADVISE, m.start, m.size, unix.MADV_DONTNEED)
+	}
+}
+
+// find lists the mappings as they are now.
+func (s Spare) find() (spare []mapping) {
+	if s.smaps == nil {
+		return nil
+	}
+	if _, err := s.smaps.Seek(0, io.SeekStart); err != nil {
+		return nil
+	}
+	smaps, err := io.ReadAll(s.smaps)
 	if err != nil {
 		return nil
 	}
@@ -41,17 +71,8 @@ func FindSpare() (s Spare) {
 			}
 		case len(f) > 1 && f[0] == "Anonymous:" && f[1] == "0" && m.size > 0:
 			// What was written before it became read-only, as a dynamic linker does, would not come back.
-			s = append(s, m)
+			spare = append(spare, m)
 		}
 	}
-	return s
-}
-
-// Trim gives back what can be had again.
-func (s Spare) Trim() {
-	debug.FreeOSMemory()
-	for _, m := range s {
-		// The same octets come back from the file. An error leaves them where they are.
-		unix.RawSyscall(unix.SYS_MADVISE, m.start, m.size, unix.MADV_DONTNEED)
-	}
+	return spare
 }
