@@ -49,7 +49,7 @@ var calls = []struct {
 	{"the end: the helper and run's command are waited for, the namespace's lock is given up", []string{
 		"flock", "pidfd_open", "pidfd_send_signal", "wait4", "waitid",
 	}},
-	{"giving capabilities up: see confineBounds", []string{
+	{"giving capabilities up, which is all that capset can do once they are few: see confineBounds", []string{
 		"capget", "capset",
 	}},
 	{"who we are", []string{
