@@ -105,6 +105,25 @@ func TestSharedBothKilled(t *testing.T) {
 	c.same(t)
 }
 
+// What somebody removes in the namespace of the bridges comes back; a member that removes its own interface has left.
+func TestSharedInterfacesRemoved(t *testing.T) {
+	needs(t, "dig", "ip")
+	c := newCrew(t)
+	for _, name := range []string{"u1", "b1"} {
+		daemon := c.pid(t, "usernet-daemon")
+		c.do(t, "netns", "exec", "web", "--", "ip", "link", "del", name)
+		eventually(t, "another daemon serves", func() bool {
+			pids := c.called("usernet-daemon")
+			return len(pids) == 1 && pids[0] != daemon
+		})
+		c.same(t)
+	}
+	c.members["b"].must(t, "ip", "link", "del", "eth0")
+	eventually(t, "b has left", func() bool { return len(c.inspect(t, "web").Members) == 2 })
+	delete(c.was, "b")
+	c.same(t)
+}
+
 // Members come and go, and nothing of them stays, here or there. Those that stay do not notice.
 func TestSharedComings(t *testing.T) {
 	needs(t, "ping", "ip")

@@ -139,6 +139,27 @@ func TestResolveAliasOfHostWithout(t *testing.T) {
 }
 
 // A policy without a plan at all keeps the host's loopback shut.
+// An internal network reaches what the stack itself listens at, and nothing else.
+func TestResolveInternal(t *testing.T) {
+	p := testPolicy(false)
+	p.Internal = true
+	host := HostAddrs{V4: netip.MustParseAddr("192.0.2.7"), V6: netip.MustParseAddr("2001:db8::7")}
+	for to, want := range map[string]string{
+		"198.51.100.1:80": "refuse (network is unreachable)", "[2001:db8::1]:80": "refuse (network is unreachable)",
+		"169.254.1.2:80": "refuse (network is unreachable)", "[fd00::4]:80": "refuse (network is unreachable)",
+		"10.0.2.9:80": "refuse (network is unreachable)", "10.0.2.2:80": "refuse (connection refused)", "224.0.0.1:80": "drop",
+	} {
+		dst := netip.MustParseAddrPort(to)
+		src := netip.MustParseAddrPort("10.0.2.100:4000")
+		if dst.Addr().Is6() {
+			src = netip.MustParseAddrPort("[fd00::100]:4000")
+		}
+		if _, v := p.Resolve(Flow{protoTCP, src, dst}, host); v.String() != want {
+			t.Errorf("%s: %v, want %s", to, v, want)
+		}
+	}
+}
+
 func TestResolveZeroPolicy(t *testing.T) {
 	var p Policy
 	f := Flow{protoTCP, netip.MustParseAddrPort("10.0.2.100:1"), netip.MustParseAddrPort("127.0.0.1:80")}

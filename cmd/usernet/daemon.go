@@ -282,8 +282,8 @@ func (d *daemon) reap(ctx context.Context) error {
 	}
 }
 
-// lookForPorts drops the members whose port the bridge does not have any more. As numbers are given again, the event
-// itself says too little.
+// lookForPorts drops the members whose port is not there any more. As numbers are given again, the event itself says too
+// little. A network's own interfaces, and ports that have lost their bridge, a new daemon puts in order.
 func (d *daemon) lookForPorts(ctx context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -291,12 +291,18 @@ func (d *daemon) lookForPorts(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	there := map[string]bool{}
+	of := map[string]string{} // of which bridge each is a port
 	for _, l := range links {
-		there[l.Name] = true
+		of[l.Name] = l.Bridge
+	}
+	for name, sn := range d.nets {
+		_, there := of[sn.is.Bridge()]
+		if uplink, plugged := of[sn.is.Uplink()]; !there || !plugged || uplink != sn.is.Bridge() {
+			return fmt.Errorf("network %q: somebody has removed its bridge %s or its uplink %s", name, sn.is.Bridge(), sn.is.Uplink())
+		}
 	}
 	for _, m := range d.members {
-		if !there[m.port] {
+		if _, there := of[m.port]; !there {
 			d.log.Info("a member's interface is gone, and so is the member", "network", m.key.network, "name", m.key.name)
 			d.drop(m)
 		}

@@ -251,6 +251,37 @@ func TestPool(t *testing.T) {
 }
 
 // A small network has what it has: neither its own address nor its broadcast is given out.
+// Where others know the addresses, each client gets that of its MAC and no other, and strangers get none.
+func TestLookup(t *testing.T) {
+	cfg := config()
+	cfg.Client, cfg.NoRoute = netip.Addr{}, true
+	cfg.Lookup = func(client net.HardwareAddr) (netip.Addr, bool) {
+		if client[5] > 2 {
+			return netip.Addr{}, false
+		}
+		return netip.AddrFrom4([4]byte{10, 0, 2, 200 + client[5]}), true
+	}
+	s := newServer(t, cfg)
+	for _, c := range []struct{ what, want, got string }{
+		{"discover", "OFFER 10.0.2.201 to everybody", outcome(t, s, message(discover, 1), start)},
+		{"another's discover", "OFFER 10.0.2.202 to everybody", outcome(t, s, message(discover, 2, requested("10.0.2.201")), start)},
+		{"a stranger's", "nothing", outcome(t, s, message(discover, 3), start)},
+		{"request", "ACK 10.0.2.201 to everybody", outcome(t, s, message(request, 1, server("10.0.2.2"), requested("10.0.2.201")), start)},
+		{"renewal", "ACK 10.0.2.201 to 10.0.2.201:68", outcome(t, s, message(request, 1, has("10.0.2.201")), start)},
+		{"request of another's", "NAK 0.0.0.0 to everybody", outcome(t, s, message(request, 2, server("10.0.2.2"), requested("10.0.2.201")), start)},
+		{"a stranger's request", "NAK 0.0.0.0 to everybody", outcome(t, s, message(request, 3, requested("10.0.2.202")), start)},
+	} {
+		if c.got != c.want {
+			t.Errorf("%s: %s, want %s", c.what, c.got, c.want)
+		}
+	}
+	reply, _, _ := s.Handle(message(discover, 1), start)
+	m, err := dhcpv4.FromBytes(reply)
+	if err != nil || len(m.Router()) != 0 {
+		t.Errorf("router %v of a network that has none: %v", m.Router(), err)
+	}
+}
+
 func TestSmallSubnets(t *testing.T) {
 	for prefix, want := range map[string]int{"10.0.2.0/24": 17, "10.0.2.0/27": 17, "10.0.2.0/28": 1, "10.0.2.0/30": 1, "10.0.0.0/8": 17} {
 		cfg := Config{Subnet: netip.MustParsePrefix(prefix)}
