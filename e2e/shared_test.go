@@ -87,6 +87,41 @@ func TestShared(t *testing.T) {
 	})
 }
 
+// The walk through in docs/shared.md does what it says.
+func TestSharedWalkThrough(t *testing.T) {
+	needs(t, "busybox", "bash", "unshare", "ip")
+	text, err := os.ReadFile("../docs/shared.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	script, wants := "set -e -m\n", 0 // -m: jobs, as at a prompt
+	for line := range strings.Lines(string(text)) {
+		if command, ok := strings.CutPrefix(line, "    $ "); ok {
+			script += command
+			if strings.Contains(command, "busybox nc ") && !strings.Contains(command, "-e echo") {
+				wants++
+			}
+		}
+	}
+	if strings.Count(script, "\n") < 12 || wants < 3 {
+		t.Fatalf("there is no walk through:\n%s", script)
+	}
+	bin := t.TempDir()
+	if err := os.Symlink(binary, filepath.Join(bin, "usernet")); err != nil {
+		t.Fatal(err)
+	}
+	s := newSharing(t)
+	out := s.must(t, "env", "PATH="+bin+":"+os.Getenv("PATH"), "bash", "-c", script)
+	for _, want := range []string{"web.usernet.internal", "*:8081", "other: 10.89.1.", "\"name\": \"other\"", "b1 "} {
+		if !strings.Contains(out, want) {
+			t.Errorf("%q is not in what it prints:\n%s", want, out)
+		}
+	}
+	if got := strings.Count(strings.ReplaceAll("\n"+out, "\nhello", "\n\nhello"), "\nhello\n"); got != wants {
+		t.Errorf("%d times hello, want %d:\n%s", got, wants, out)
+	}
+}
+
 // What is on one network alone is not seen from another, and an internal one has no way out; a container on two sees both.
 func TestSharedSeparation(t *testing.T) {
 	needs(t, "dig")

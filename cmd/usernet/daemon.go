@@ -61,6 +61,12 @@ func daemonMain(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
 	defer stop()
 	o := &options{logLevel: slog.LevelInfo}
+	// The other parts of the sandbox would keep it from the namespaces of members that come later.
+	if !cgoEnabled {
+		if err := noNewPrivs(confinement{}); err != nil {
+			fmt.Fprintf(os.Stderr, "%s: %v\n", daemonName, err)
+		}
+	}
 	d, err := openDaemon(ctx, args[1], newLogTo(&logFile{path: filepath.Join(args[1], logName)}, o))
 	if err != nil {
 		fmt.Fprintf(ready, "%v\n", err)

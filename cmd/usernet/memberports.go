@@ -84,6 +84,9 @@ func (p *memberPorts) open(ctx context.Context) (*portdriver.Driver, error) {
 		p.log.Warn("published ports take the slower path through the bridge", "error", err)
 	} else {
 		config.Kit = kit
+		if _, err := p.m.ns.Call(ctx, ops(), opConfine, struct{}{}, nil); err != nil {
+			p.log.Warn("sandbox: the helper keeps its rights", "error", err)
+		}
 	}
 	d, err := portdriver.New(config)
 	if err != nil {
