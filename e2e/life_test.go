@@ -147,6 +147,7 @@ func TestSandbox(t *testing.T) {
 	kept := none
 	if realRoot {
 		kept = "0000000000000400" // CAP_NET_BIND_SERVICE
+		eventually(t, "the bounding set is empty", func() bool { return u.status(t, "CapBnd") == none })
 	}
 	for key, want := range map[string]string{"NoNewPrivs": "1", "Seccomp": "2", "CapEff": kept, "CapPrm": kept, "CapInh": none, "CapAmb": none} {
 		if got := u.status(t, key); got != want {

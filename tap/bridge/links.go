@@ -25,9 +25,6 @@ type Link struct {
 	// Peer is the index of a veth's other end, in that one's namespace; 0 for others.
 	Peer int
 
-	// InUse tells of a TAP that some program is attached to it.
-	InUse bool
-
 	// Ours tells that usernet has made it: so says its alias, which a port of the shared namespace need not have.
 	Ours bool
 }
@@ -55,11 +52,8 @@ func describe(link netlink.Link, bridge string) Link {
 		Name: a.Name, Index: a.Index, Type: link.Type(), MAC: a.HardwareAddr, MTU: a.MTU, Up: a.Flags&net.FlagUp != 0,
 		Bridge: bridge, Ours: strings.HasPrefix(a.Alias, "usernet"),
 	}
-	switch link := link.(type) {
-	case *netlink.Veth:
+	if _, is := link.(*netlink.Veth); is {
 		l.Peer = a.ParentIndex
-	case *netlink.Tuntap:
-		l.InUse = link.Queues+link.DisabledQueues > 0
 	}
 	return l
 }
