@@ -1,11 +1,13 @@
 package e2e
 
 import (
+	"debug/buildinfo"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -111,6 +113,29 @@ func TestSlirpDiesWithItsCaller(t *testing.T) {
 	}
 	caller.signal(t, syscall.SIGKILL)
 	eventually(t, "nothing of it is left", func() bool { return len(processesOf(binary)) == 0 })
+}
+
+// In a control group with a limit on CPU time, "-e 3" without a descriptor 3 was taken: Go's runtime had that limit's file open
+// there, which never hangs up, and the process never ended.
+func TestSlirpDescriptorIsNotTheRuntimes(t *testing.T) {
+	info, err := buildinfo.ReadFile(binary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	setting := ""
+	for _, s := range info.Settings {
+		if s.Key == "DefaultGODEBUG" {
+			setting = s.Value
+		}
+	}
+	if !slices.Contains(strings.Split(setting, ","), "containermaxprocs=0") {
+		t.Errorf("DefaultGODEBUG is %q: the runtime keeps files of the control group open", setting)
+	}
+	c := newContainer(t)
+	got := refuse(t, asSlirp(t), "-c", "-e", "3", strconv.Itoa(c.pid), "tap0")
+	if got.status != 1 || !strings.Contains(got.stderr, "exit-fd 3 is not open") {
+		t.Errorf("%+v", got)
+	}
 }
 
 // Only a dead socket is replaced: slirp4netns removes whatever is there.

@@ -37,7 +37,11 @@ type Config struct {
 
 	IPv4, IPv6         netip.Prefix // the container's address in its network; zero means none of that family
 	Gateway4, Gateway6 netip.Addr   // of the default routes; zero means no route
-	Metric             int          // of the default routes, the lowest of which the kernel takes; zero means the kernel's own
+
+	// KeepIPv6Off gives no IPv6 address where a sysctl of the namespace has turned IPv6 off. Otherwise it is turned on.
+	KeepIPv6Off bool
+
+	Metric int // of the default routes, the lowest of which the kernel takes; zero means the kernel's own
 
 	// Shared: others than usernet are on the link. The kernel tells them of the addresses whenever the interface comes
 	// up, and configuring ends when the addresses can be reached. A default route of the same metric that the container has stays.

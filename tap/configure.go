@@ -125,7 +125,7 @@ func (r *opened) configure(nl *netlink.Handle, link netlink.Link, cfg Config) er
 		os.WriteFile("/proc/sys/net/ipv4/conf/"+cfg.Name+"/arp_notify", []byte("1"), 0)
 		os.WriteFile("/proc/sys/net/ipv6/conf/"+cfg.Name+"/ndisc_notify", []byte("1"), 0)
 	}
-	with6 := cfg.IPv6.IsValid() && r.prepare6(cfg.Name)
+	with6 := cfg.IPv6.IsValid() && r.prepare6(cfg)
 	if cfg.IPv4.IsValid() {
 		if err := nl.AddrReplace(link, &netlink.Addr{IPNet: ipNet(cfg.IPv4)}); err != nil {
 			return fmt.Errorf("interface %s: address %s: %w", cfg.Name, cfg.IPv4, err)
@@ -202,12 +202,17 @@ func (r *opened) defaultRoute(nl *netlink.Handle, link netlink.Link, gateway net
 
 // prepare6 makes the interface ready for a static IPv6 address, and tells whether it can have one: runtimes
 // turn IPv6 off in a namespace by a sysctl that we may or may not be able to write.
-func (r *opened) prepare6(name string) bool {
+func (r *opened) prepare6(cfg Config) bool {
+	name := cfg.Name
 	dir := "/proc/sys/net/ipv6/conf/" + name + "/"
 	if off, err := os.ReadFile(dir + "disable_ipv6"); errors.Is(err, fs.ErrNotExist) {
 		r.Warnings = append(r.Warnings, "the kernel has no IPv6: the container gets IPv4 only")
 		return false
 	} else if err == nil && string(off) != "0\n" {
+		if cfg.KeepIPv6Off {
+			r.Warnings = append(r.Warnings, fmt.Sprintf("IPv6 is off in the namespace, and stays so (sysctl net.ipv6.conf.%s.disable_ipv6)", name))
+			return false
+		}
 		if err := os.WriteFile(dir+"disable_ipv6", []byte("0"), 0); err != nil {
 			r.Warnings = append(r.Warnings, fmt.Sprintf("IPv6 is off in the namespace (sysctl net.ipv6.conf.%s.disable_ipv6) and cannot be turned on: %v", name, err))
 			return false

@@ -341,6 +341,24 @@ func TestIPv6IsTurnedOn(t *testing.T) {
 	}
 }
 
+// "podman run --userns=keep-id --sysctl net.ipv6.conf.all.disable_ipv6=1" had an IPv6 network all the same.
+func TestIPv6ThatIsOffStaysOff(t *testing.T) {
+	for _, off := range []bool{false, true} {
+		n := newNS(t)
+		want := "[10.0.2.100/24 fd00::100/64]"
+		if off {
+			call(t, n, "sysctl", [2]string{"ipv6/conf/default/disable_ipv6", "1"}, nil)
+			want = "[10.0.2.100/24]"
+		}
+		cfg := config()
+		cfg.KeepIPv6Off = true
+		d := open(t, n, cfg)
+		if got := fmt.Sprint(d.Addrs()); got != want {
+			t.Errorf("off %v: %s, want %s", off, got, want)
+		}
+	}
+}
+
 // As after kill -9: the descriptors are gone, the interface is not.
 func TestAdoptKeepsConfiguration(t *testing.T) {
 	n := newNS(t)

@@ -63,7 +63,7 @@ func (e *engine) openLink(ctx context.Context) (*link, error) {
 	}
 	d, err := tap.Open(ctx, e.ns, tap.Config{
 		Name: o.tapName, MTU: o.mtu, MAC: o.mac, Queues: o.queues, Configure: o.configure,
-		NoOffload: o.noOffload, NoUSO: o.noUSO,
+		NoOffload: o.noOffload, NoUSO: o.noUSO, KeepIPv6Off: o.keepIPv6Off,
 		IPv4: withLen(p.container4, p.net4), Gateway4: p.gateway4,
 		IPv6: withLen(p.container6, p.net6), Gateway6: p.gateway6,
 		Log: e.log,

@@ -1,3 +1,7 @@
+// Without this the runtime keeps the files of our control group's CPU limit open, for a GOMAXPROCS that setProcs chooses
+// otherwise: they would have a number that --exit-fd or --ready-fd may name although nobody has passed it to us.
+
+//go:debug containermaxprocs=0
 package main
 
 import (

@@ -71,6 +71,8 @@ type options struct {
 	noUSO     bool
 	plan      plan
 
+	keepIPv6Off bool // where a sysctl of the namespace has turned it off
+
 	hostLoopback bool
 	outbound     forwarder.Outbound
 

@@ -80,6 +80,7 @@ func slirpOptions(s *slirp4netns.Options) (*options, error) {
 		command: cmdAttach, pid: s.PID, path: s.Path, usernsPath: s.UsernsPath, tapFD: s.TapFD, bess: s.Bess,
 		tapName: s.TapName, mtu: s.MTU, mtuAgreed: true, mac: s.MAC, configure: s.Configure, queues: 1,
 		hostLoopback: !s.DisableLoopback,
+		keepIPv6Off:  true, // callers ask for IPv6 as a matter of course, and it is the user who turns it off
 		portPath:     portdriver.PathAuto, apiSocket: or(s.APISocket, apiNone),
 		dns:     !s.DisableDNS,
 		readyFD: s.ReadyFD, exitFD: s.ExitFD, looseFDs: true,
