@@ -75,6 +75,29 @@ func TestSlirpEnds(t *testing.T) {
 	}
 }
 
+// A signal while the helper was giving up its rights cut that short and ended the helper, which nothing inside the sandbox could
+// replace: status 1, and routing rules stayed in the namespace.
+func TestSlirpSignalWhileItStarts(t *testing.T) {
+	for round := range 40 {
+		c := newContainer(t)
+		socket := socketPath(t)
+		p := lab.home.start(t, nil, asSlirp(t), "-c", "-6", "-a", socket, strconv.Itoa(c.pid), "tap0")
+		eventually(t, "the helper or the API socket is there", func() bool {
+			if round%2 == 0 {
+				return isThere(socket)
+			}
+			return len(processesOf(binary)) > 1
+		})
+		p.signal(t, syscall.SIGTERM)
+		if status := p.wait(t); status != 0 || strings.Contains(p.out.String(), "slirp4netns: ") || strings.Contains(p.out.String(), "slower path") {
+			t.Errorf("round %d: status %d: %s", round, status, p.out)
+		}
+		if left := processesOf(binary); len(left) > 0 {
+			t.Errorf("left behind: %v", left)
+		}
+	}
+}
+
 // buildah and rootlesskit end it with SIGKILL. What is left in the namespace is taken over by the next one, and so is
 // a dead socket.
 func TestSlirpAfterSIGKILL(t *testing.T) {

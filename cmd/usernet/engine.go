@@ -83,7 +83,9 @@ func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.L
 		return nil, err
 	}
 	if o.wantsKit() {
-		e.openKit(ctx, files)
+		if err := e.openKit(ctx, files); err != nil {
+			return nil, err
+		}
 	}
 	if e.ns != nil && e.kit == nil {
 		if err := e.ns.Rest(); err != nil { // all that is left to do is done through the TAP's descriptor
@@ -346,7 +348,7 @@ func (e *engine) settle(ctx context.Context) error {
 	if e.o.sandbox {
 		confineMore(e.confinement(nil), e.log)
 		if e.kit != nil {
-			if _, err := e.ns.Call(ctx, ops(), opConfineMore, struct{}{}, nil); err != nil && ctx.Err() == nil {
+			if err := e.confineHelper(ctx, opConfineMore); err != nil {
 				e.log.Warn("sandbox: the helper keeps its bounding set of capabilities", "error", err)
 			}
 		}

@@ -43,22 +43,38 @@ func (o *options) wantsKit() bool {
 	return o.inNamespace() && o.wantsPorts() && (o.portPath != portdriver.PathStack || len(o.auto) > 0)
 }
 
-// openKit has the helper make what the kernel path needs. Without it ports take the stack's path.
-func (e *engine) openKit(ctx context.Context, files int) {
+// openKit has the helper make what the kernel path needs. Without it ports take the stack's path. It returns ctx's error alone.
+func (e *engine) openKit(ctx context.Context, files int) error {
 	// What lies ready holds files: with few of them, an eighth of them at most, for there are six kinds in use.
 	batch := max(1, min(files/48, 48))
 	kit, err := inside.Open(ctx, e.ns, inside.Config{IPv6: e.o.plan.net6.IsValid(), Batch: batch, Log: e.log})
-	if err != nil {
+	switch {
+	case ctx.Err() != nil && err != nil:
+		return ctx.Err()
+	case err != nil:
 		e.whyNoKernel = err
 		e.log.Warn("published ports take the slower path through the TAP", "error", err)
-		return
+		return nil
 	}
 	e.kit = kit
 	if e.o.sandbox {
-		if _, err := e.ns.Call(ctx, ops(), opConfine, struct{}{}, nil); err != nil {
+		if err := e.confineHelper(ctx, opConfine); err != nil {
 			e.log.Warn("sandbox: the helper keeps its rights", "error", err)
 		}
 	}
+	return nil
+}
+
+// helperLimit is how long the helper may take to give something up, which takes it some milliseconds.
+const helperLimit = 5 * time.Second
+
+// confineHelper calls one of the two operations below. The end of ctx does not cut it short: a helper whose answer nobody
+// awaits is ended, and from within the sandbox no other can be started, which takes down what was made inside.
+func (e *engine) confineHelper(ctx context.Context, op string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), helperLimit)
+	defer cancel()
+	_, err := e.ns.Call(ctx, ops(), op, struct{}{}, nil)
+	return err
 }
 
 // opConfine has the helper give up what it has no more use for, once the TAP is there, and opConfineMore the rest, when nobody waits.
