@@ -37,7 +37,7 @@ func TestSlirpArgv(t *testing.T) {
 func TestSlirpOptions(t *testing.T) {
 	defaults := func(change func(*options)) *options {
 		o := &options{
-			pid: 1, tapFD: -1, tapName: "tap0", mtu: 1500, mtuAgreed: true, queues: 1, hostLoopback: true, portPath: "stack", apiSocket: "none",
+			pid: 1, tapFD: -1, tapName: "tap0", mtu: 1500, mtuAgreed: true, keepIPv6Off: true, queues: 1, hostLoopback: true, portPath: "stack", apiSocket: "none",
 			dns: true, readyFD: -1, exitFD: -1, looseFDs: true, logLevel: 4, logFormat: "text", sandbox: true,
 			plan: planOf(netip.MustParsePrefix("10.0.2.0/24"), netip.Prefix{}),
 		}
