@@ -33,6 +33,8 @@ type conn struct {
 	next   int            // of the targets
 	socket int            // inside, being connected; -1: none
 	why    error          // the first target's
+	trying bool           // whether the kernel path answers again: see detour
+	astray bool           // over lo the next target did not answer, or something else did: the stack is asked
 
 	// Under f.mu:
 	cancel context.CancelCauseFunc // of the goroutine's dial
@@ -123,6 +125,7 @@ func (c *conn) dial(ctx context.Context) error {
 			return err
 		}
 		c.dropSocket()
+		c.astray, c.trying = false, false
 		if c.why == nil {
 			c.why = fmt.Errorf("dial %v: %w", dst, err)
 		}
@@ -146,15 +149,22 @@ func (c *conn) dialOne(ctx context.Context, dst netip.AddrPort) error {
 	if err != nil {
 		return err
 	}
-	if path == PathKernel {
+	other := d.stackLeads(dst.Addr())
+	if path == PathKernel && !c.astray && !(kind.Transparent && other && c.detoured(dst.Addr())) {
 		err := c.dialKernel(ctx, kind, src, dst)
 		if err == nil {
+			c.answered(dst.Addr())
 			return c.join(nil)
 		}
+		c.astray = kind.Transparent && other && c.mayBeAstray(dst.Addr(), err)
 		var none noSocket
-		if !errors.As(err, &none) || !d.stackLeads(dst.Addr()) {
+		if !c.astray && (!errors.As(err, &none) || !other) {
 			return err
 		}
+	}
+	if c.astray {
+		// NAT in the container may remember the SYN, and another one between the same ends goes astray as well.
+		src = netip.AddrPortFrom(src.Addr(), 0)
 	}
 	c.dropSocket()
 	if ctx == atOnce {
@@ -166,6 +176,9 @@ func (c *conn) dialOne(ctx context.Context, dst netip.AddrPort) error {
 	}
 	if err != nil {
 		return err
+	}
+	if c.astray {
+		c.ledAway(dst.Addr())
 	}
 	return c.join(end)
 }
@@ -212,7 +225,7 @@ func (c *conn) dialKernel(ctx context.Context, kind inside.Kind, src, dst netip.
 }
 
 // await waits for c.socket's connect; ctx has the deadline. Over lo there is nothing to wait for, unless the machine is
-// busy, the server's queue is full, or the container has taken the routing away that leads back to us.
+// busy, the server's queue is full, the container has taken the routing away that leads back to us, or leads the connection elsewhere.
 func (c *conn) await(ctx context.Context, kind inside.Kind) error {
 	if ctx == atOnce {
 		return errWait
@@ -221,7 +234,7 @@ func (c *conn) await(ctx context.Context, kind inside.Kind) error {
 	if !kind.Transparent {
 		return d.cfg.Loop.AwaitConnect(ctx, c.socket, d.cfg.DialTimeout)
 	}
-	err := d.cfg.Loop.AwaitConnect(ctx, c.socket, min(kernelPatience, d.cfg.DialTimeout))
+	err := d.cfg.Loop.AwaitConnect(ctx, c.socket, min(c.patience(), d.cfg.DialTimeout))
 	if errors.Is(err, unix.ETIMEDOUT) {
 		d.kit.Doubt()
 		return noSocket{err}

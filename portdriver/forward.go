@@ -43,11 +43,12 @@ type forward struct {
 	count          relay.Count
 	total, refused atomic.Uint64
 
-	mu     sync.Mutex // innermost
-	closed bool       // no new connections
-	reset  bool       // and none at all
-	conns  map[*conn]struct{}
-	idle   chan struct{} // closed when closed and without connections
+	mu      sync.Mutex // innermost
+	closed  bool       // no new connections
+	reset   bool       // and none at all
+	conns   map[*conn]struct{}
+	detours [2]detour     // IPv4, IPv6
+	idle    chan struct{} // closed when closed and without connections
 }
 
 func (d *Driver) newForward(spec Spec) *forward {

@@ -26,6 +26,9 @@ type PathInfo struct {
 
 	// Loopback tells that servers on the container's loopback alone are reached, which only the kernel path does.
 	Loopback bool `json:"loopback"`
+
+	// Detours are forwards that take the stack path all the same, for now, as only by that they were answered; each one's Note has more.
+	Detours int `json:"detours,omitempty"`
 }
 
 // Info tells how ports are published, and how many.
@@ -58,6 +61,11 @@ func (d *Driver) pathInfo(v4 bool) *PathInfo {
 			p.Path = PathStack
 		case !p.Loopback:
 			p.Path = ""
+		}
+	}
+	for _, f := range d.all() {
+		if f.onDetour(dst) != nil {
+			p.Detours++
 		}
 	}
 	return p

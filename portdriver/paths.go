@@ -119,6 +119,9 @@ func (d *Driver) pathOf(f *forward) (path, note string) {
 	}
 	dst := targets[0]
 	why := d.whyNoKernel(dst)
+	if why == nil {
+		why = f.onDetour(dst)
+	}
 	switch {
 	case why == nil:
 		return PathKernel, ""

@@ -233,6 +233,9 @@ func printPorts(line func(name, format string, args ...any), p *portdriver.Info)
 		if f.path.WhyNotKernel != "" {
 			text += ", since " + f.path.WhyNotKernel
 		}
+		if f.path.Detours > 0 {
+			text += fmt.Sprintf("; %d by the stack path for now (see port list)", f.path.Detours)
+		}
 		if !f.path.Loopback {
 			text += "; servers on the container's loopback alone are not reached"
 		}

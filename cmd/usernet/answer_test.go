@@ -45,6 +45,10 @@ func TestPrintInfo(t *testing.T) {
 	if err := printInfo(&b, info); err != nil {
 		t.Fatal(err)
 	}
+	info.Ports = &portdriver.Info{IPv6: &portdriver.PathInfo{Path: portdriver.PathKernel, Loopback: true, Detours: 2}, Forwards: 3, MaxForwards: 5000}
+	if err := printInfo(&b, info); err != nil {
+		t.Fatal(err)
+	}
 	golden(t, "info.golden", b.String())
 }
 
