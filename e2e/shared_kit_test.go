@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // A sharing is home's shared mode, in a runtime directory of the test's own, so that its keeper and its daemon are too.
@@ -216,3 +217,19 @@ func mustReach(t testing.TB, from *place, addr string) {
 }
 
 func joinHostPort(host string, port int) string { return net.JoinHostPort(host, strconv.Itoa(port)) }
+
+// mustAnswer sends a datagram again and again until its echo comes: nobody promises the first.
+func mustAnswer(t testing.TB, c net.Conn) {
+	t.Helper()
+	eventually(t, "an answer from "+c.RemoteAddr().String(), func() bool {
+		if _, err := c.Write([]byte("hello?")); err != nil {
+			return false // refused a moment ago
+		}
+		if err := c.SetReadDeadline(time.Now().Add(100 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		b := make([]byte, 16)
+		n, err := c.Read(b)
+		return err == nil && string(b[:n]) == "hello?"
+	})
+}

@@ -87,6 +87,62 @@ func TestShared(t *testing.T) {
 	})
 }
 
+// Datagrams to published ports reach a member that has not said anything yet, on either cable, also after the daemon was killed.
+func TestSharedUDP(t *testing.T) {
+	s := newSharing(t)
+	s.do(t, "network", "create", "web")
+	silent, silentM := s.joined(t, "web", "silent", "-p", "7500:5000/udp")
+	loud, loudM := s.running(t, "web", "loud", "-p", "7501:5000/udp")
+	for addr, at := range map[string]*place{silentM.IPv4: silent.net, silentM.IPv6: silent.net, loudM.IPv4: loud.net, loudM.IPv6: loud.net} {
+		at.serveUDP(t, joinHostPort(addr, 5000), same)
+	}
+	heard := func(port int) {
+		t.Helper()
+		for _, host := range []string{hostAddr4, hostAddr6} {
+			c := lab.outside.connect(t, "udp", joinHostPort(host, port))
+			mustAnswer(t, c)
+		}
+	}
+	heard(7501)
+	heard(7500)
+	s.kill(t, "usernet-daemon")
+	s.do(t, "network", "ls")
+	heard(7501)
+	heard(7500)
+}
+
+// Who asks by DHCP gets the address that it has.
+func TestSharedDHCP(t *testing.T) {
+	needs(t, "busybox")
+	s := newSharing(t)
+	s.do(t, "network", "create", "web")
+	c, m := s.joined(t, "web", "a")
+	out := c.must(t, "busybox", "udhcpc", "-i", "eth0", "-q", "-n", "-f", "-s", "/bin/true")
+	if want := "lease of " + m.IPv4 + " obtained"; !strings.Contains(out, want) {
+		t.Errorf("udhcpc says\n%s\nwant %q", out, want)
+	}
+}
+
+// However many commands find nothing at once, one keeper and one daemon come of it, and all that was asked for.
+func TestSharedStartersMeet(t *testing.T) {
+	const starters = 8
+	s := newSharing(t)
+	var all []*process
+	for i := range starters {
+		all = append(all, s.start(t, nil, binary, "network", "create", fmt.Sprintf("n%d", i)))
+	}
+	for _, p := range all {
+		if code := p.wait(t); code != 0 {
+			t.Errorf("%s: status %d: %s", p.name, code, p.out)
+		}
+	}
+	s.pid(t, "usernet-keeper")
+	s.pid(t, "usernet-daemon")
+	if got := strings.Count(s.do(t, "network", "ls"), "usernet.internal"); got != starters {
+		t.Errorf("there are %d networks, want %d", got, starters)
+	}
+}
+
 // The walk through in docs/shared.md does what it says.
 func TestSharedWalkThrough(t *testing.T) {
 	needs(t, "busybox", "bash", "unshare", "ip")
@@ -201,6 +257,27 @@ func TestSharedIdle(t *testing.T) {
 	}
 	s.do(t, "network", "rm", "web")
 	s.refused(t, []string{"network", "inspect", "web"}, "none of that name")
+	// Nor does it stay where nobody finds it any more.
+	if err := os.RemoveAll(s.dir); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "daemon and keeper end again", func() bool { return len(s.processes()) == 0 })
+}
+
+// A network that is to be served all the time is.
+func TestSharedPersist(t *testing.T) {
+	s := newSharing(t)
+	s.do(t, "network", "create", "web", "--persist")
+	s.do(t, "network", "create", "other")
+	other := newSharing(t) // without such a network, and begun later
+	other.do(t, "network", "create", "web")
+	daemon := s.pid(t, "usernet-daemon")
+	eventually(t, "the other daemon has had its time", func() bool { return len(other.processes()) == 0 })
+	if s.pid(t, "usernet-daemon") != daemon {
+		t.Error("the daemon of a persistent network is another one")
+	}
+	s.do(t, "network", "rm", "web")
+	eventually(t, "daemon and keeper end", func() bool { return len(s.processes()) == 0 })
 }
 
 // What users get wrong is said clearly, and harms nobody.

@@ -229,8 +229,12 @@ func (d *daemon) leave(ctx context.Context) bool {
 	try, cancel := context.WithTimeout(ctx, 10*time.Millisecond)
 	defer cancel()
 	lock, err := d.dir.Lock(try, "end of the daemon")
-	if err != nil {
+	if errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
 		return false // an entry has it, and will ask for something
+	}
+	if err != nil {
+		d.log.Warn("the directory is gone, and nobody finds us any more", "error", err)
+		return true
 	}
 	select {
 	case <-d.touched:

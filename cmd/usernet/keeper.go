@@ -47,7 +47,7 @@ const (
 const (
 	shortLife      = 2 * time.Second
 	firstPause     = 100 * time.Millisecond
-	longestPause   = 10 * time.Second
+	longestPause   = 5 * time.Second
 	daemonPatience = 10 * time.Second // to start
 )
 

@@ -79,7 +79,7 @@ func run(o *options, log *slog.Logger) (_ int, err error) {
 
 	var n *runNet
 	if shared != nil {
-		n, err = shared.join(ctx, o, child.pid)
+		n, err = shared.join(ctx, o, child.pid, log)
 	} else {
 		n, err = ownNet(ctx, o, child.pid, log)
 	}
