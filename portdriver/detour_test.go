@@ -34,9 +34,9 @@ func TestDetour(t *testing.T) {
 			if f.onDetour(container4) == nil || f.onDetour(container6) != nil {
 				t.Fatal("the detour is not where it should be")
 			}
-			time.Sleep(length - 1)
+			time.Sleep(length - time.Nanosecond)
 			want(true)
-			time.Sleep(1)
+			time.Sleep(time.Nanosecond)
 			one := want(false)
 			if one.detoured(container4) {
 				t.Fatal("who tries lo takes the detour")
@@ -67,9 +67,9 @@ func TestRefusedOverLo(t *testing.T) {
 			want  bool
 		}{
 			{0, unix.ECONNREFUSED, true},
-			{askTime - 1, unix.ECONNREFUSED, false},
+			{askTime - time.Nanosecond, unix.ECONNREFUSED, false},
 			{0, noSocket{unix.ETIMEDOUT}, true},
-			{1, unix.ECONNREFUSED, true},
+			{time.Nanosecond, unix.ECONNREFUSED, true},
 			{0, unix.ECONNREFUSED, false},
 			{0, unix.ECONNRESET, false},
 		} {
