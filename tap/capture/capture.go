@@ -9,10 +9,6 @@ import (
 	"os"
 	"sync"
 	"time"
-
-	"github.com/gopacket/gopacket"
-	"github.com/gopacket/gopacket/layers"
-	"github.com/gopacket/gopacket/pcapgo"
 )
 
 const (
@@ -61,9 +57,9 @@ type Writer struct {
 	log   *slog.Logger
 
 	mu      sync.Mutex // guards what follows
-	ng      *pcapgo.NgWriter
+	out     *bufio.Writer
 	left    int64  // octets that may still be written
-	frame   []byte // where a frame is put together
+	block   []byte // where a frame is put together
 	flusher *time.Timer
 	armed   bool // flusher will run
 	stopped bool
@@ -82,18 +78,12 @@ func New(cfg Config) (*Writer, error) {
 	if w.log == nil {
 		w.log = slog.Default()
 	}
-	intf := pcapgo.NgInterface{
-		Name: cfg.Interface, OS: "linux", LinkType: layers.LinkTypeEthernet,
-		SnapLength: uint32(w.snap), TimestampResolution: 9,
-		Comment: "inbound is towards the container",
-	}
-	options := pcapgo.NgWriterOptions{SectionInfo: pcapgo.NgSectionInfo{OS: "linux", Application: "usernet"}}
-	var err error
-	// NgWriter would buffer 4 KiB, but bufio takes a larger buffer that it is given for its own.
-	buf := bufio.NewWriterSize(cfg.File, fileBuffer)
-	if w.ng, err = pcapgo.NewNgWriterInterface(buf, intf, options); err == nil {
-		w.left = w.limit - int64(buf.Buffered()) // the head
-		err = w.ng.Flush()
+	head := appendHead(nil, cfg.Interface, w.snap)
+	w.left = w.limit - int64(len(head))
+	w.out = bufio.NewWriterSize(cfg.File, fileBuffer)
+	_, err := w.out.Write(head)
+	if err == nil {
+		err = w.out.Flush()
 	}
 	if err != nil {
 		return nil, fmt.Errorf("begin capture file %s: %w", cfg.File.Name(), err)
@@ -113,7 +103,7 @@ func (w *Writer) Close() error {
 	}
 	var err error
 	if !w.stopped {
-		err = w.ng.Flush()
+		err = w.out.Flush()
 	}
 	w.stopped = true
 	if w.flusher != nil {
@@ -124,38 +114,28 @@ func (w *Writer) Close() error {
 	return err
 }
 
-// The flags of an enhanced packet block. Inbound is host → container everywhere in usernet.
-var (
-	inbound  = pcapgo.NgPacketOptions{Flags: &pcapgo.NgEpbFlags{Direction: pcapgo.NgEpbFlagDirectionInbound}}
-	outbound = pcapgo.NgPacketOptions{Flags: &pcapgo.NgEpbFlags{Direction: pcapgo.NgEpbFlagDirectionOutbound}}
-)
-
-// blockSize is how many octets of file a frame of n octets takes: an enhanced packet block has 28
-// before it, padding to a multiple of 4, 12 of options and 4 behind (pcapng §4.3).
-func blockSize(n int) int64 { return int64(28 + (n+3)&^3 + 12 + 4) }
-
 // record writes the first n octets of vec, header included, as one frame.
-func (w *Writer) record(vec [][]byte, n int, dir pcapgo.NgPacketOptions) {
+func (w *Writer) record(vec [][]byte, n int, dir direction) {
 	now := time.Now()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.stopped || n <= headerLen {
 		return
 	}
-	w.frame = w.frame[:0]
+	w.block = append(w.block[:0], make([]byte, packetHead)...)
 	skip, keep := headerLen, min(n-headerLen, w.snap)
 	for _, b := range vec {
 		cut := min(skip, len(b))
 		b, skip = b[cut:], skip-cut
-		b = b[:min(len(b), keep-len(w.frame))]
-		w.frame = append(w.frame, b...)
+		b = b[:min(len(b), packetHead+keep-len(w.block))]
+		w.block = append(w.block, b...)
 	}
-	if w.left -= blockSize(len(w.frame)); w.left < 0 {
+	w.block = finishPacket(w.block, now, n-headerLen, dir)
+	if w.left -= int64(len(w.block)); w.left < 0 {
 		w.stopLocked("the capture file is full: capturing ends, the traffic goes on", "limit", w.limit)
 		return
 	}
-	err := w.ng.WritePacketWithOptions(gopacket.CaptureInfo{Timestamp: now, CaptureLength: len(w.frame), Length: n - headerLen}, w.frame, dir)
-	if err != nil {
+	if _, err := w.out.Write(w.block); err != nil {
 		w.stopLocked("the capture file cannot be written: capturing ends, the traffic goes on", "error", err)
 		return
 	}
@@ -177,7 +157,7 @@ func (w *Writer) flush() {
 	if w.stopped {
 		return
 	}
-	if err := w.ng.Flush(); err != nil {
+	if err := w.out.Flush(); err != nil {
 		w.stopLocked("the capture file cannot be written: capturing ends, the traffic goes on", "error", err)
 	}
 }
@@ -185,7 +165,7 @@ func (w *Writer) flush() {
 func (w *Writer) stopLocked(why string, args ...any) {
 	w.stopped = true
 	w.log.Warn(why, append([]any{"file", w.file.Name()}, args...)...)
-	w.ng.Flush() // a failure is the reason that was given, or comes too late to matter
+	w.out.Flush() // a failure is the reason that was given, or comes too late to matter
 }
 
 // A device is the wrapped one, but for Read and Write.
