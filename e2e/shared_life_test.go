@@ -124,6 +124,46 @@ func TestSharedInterfacesRemoved(t *testing.T) {
 	c.same(t)
 }
 
+// The host changes its network, and members have the new one at once: another resolver, another address.
+func TestSharedHostChanges(t *testing.T) {
+	needs(t, "dig", "ip")
+	s := newSharing(t)
+	s.do(t, "network", "create", "web")
+	c, _ := s.joined(t, "web", "a")
+	serveDNS(t, outsideAddr4)
+	const other = "198.51.100.54"
+	serveDNS(t, other)
+	finds := func() bool {
+		out, _ := c.run(t, "dig", "+short", "+tries=1", "web.test")
+		return strings.TrimSpace(out) != "" && !strings.Contains(out, ";;")
+	}
+	eventually(t, "a name of the world is found", finds)
+	writeFile(t, "/etc/resolv.conf", "nameserver "+deadAddr4+"\n")
+	t.Cleanup(func() { writeFile(t, "/etc/resolv.conf", "nameserver "+outsideAddr4+"\n") })
+	replaceFile(t, "/etc/resolv.conf", "nameserver "+other+"\n")
+	eventually(t, "it is found by the new resolver", finds)
+
+	seen := func() string {
+		server := lab.outside.serve(t, "tcp", outsideAddr4+":0", tellPeer)
+		from, _, err := peerSeen(c.net, server.String())
+		if err != nil {
+			return err.Error()
+		}
+		return from.Addr().String()
+	}
+	if got := seen(); got != hostAddr4 {
+		t.Errorf("the world sees %s, want %s", got, hostAddr4)
+	}
+	const moved = "203.0.113.99"
+	lab.root.sh(t, "ip addr add "+moved+"/24 dev world; ip route replace default via "+outsideAddr4+" src "+moved)
+	t.Cleanup(func() {
+		lab.root.sh(t, "ip route replace default via "+outsideAddr4+"; ip addr del "+moved+"/24 dev world")
+	})
+	lab.root.sh(t, "ip route add "+outsideAddr4+"/32 dev world src "+moved)
+	t.Cleanup(func() { lab.root.sh(t, "ip route del "+outsideAddr4+"/32 dev world") })
+	eventually(t, "the world sees the new address", func() bool { return seen() == moved })
+}
+
 // Members come and go, and nothing of them stays, here or there. Those that stay do not notice.
 func TestSharedComings(t *testing.T) {
 	needs(t, "ping", "ip")

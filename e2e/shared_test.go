@@ -225,6 +225,36 @@ func TestSharedSeparation(t *testing.T) {
 	mustReach(t, both.net, outside.String())
 }
 
+// A member that is named by a path is one as long as the path leads to its namespace, whatever daemon looks.
+func TestSharedPath(t *testing.T) {
+	needs(t, "mount", "umount")
+	s := newSharing(t)
+	s.do(t, "network", "create", "web")
+	path := filepath.Join(t.TempDir(), "ns")
+	if err := os.WriteFile(path, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	c := newContainerBy(t, rootMapped...)
+	lab.root.must(t, "mount", "--bind", fmt.Sprintf("/proc/%d/ns/net", c.pid), path)
+	mounted := true
+	t.Cleanup(func() {
+		if mounted {
+			lab.root.run(t, "umount", path)
+		}
+	})
+	s.do(t, "attach", "web", "--netns-path", path, "--name", "p")
+	m := s.member(t, "web", "p")
+	c.net.serve(t, "tcp", ":80", echo)
+	other, _ := s.running(t, "web", "other")
+	mustReach(t, other.net, joinHostPort(m.IPv4, 80))
+	s.kill(t, "usernet-daemon")
+	s.do(t, "network", "ls")
+	mustReach(t, other.net, joinHostPort(m.IPv4, 80))
+	lab.root.must(t, "umount", path) // nothing of ours keeps it busy
+	mounted = false
+	eventually(t, "the member is gone", func() bool { return len(s.inspect(t, "web").Members) == 1 })
+}
+
 // When a member's process ends, its port, address and name are free, and the others do not notice.
 func TestSharedDeath(t *testing.T) {
 	s := newSharing(t)

@@ -22,8 +22,7 @@ import (
 //	                         │
 //	                         └── starts, and starts again when it dies ──▶ daemon, which has both at 3 and 4 too
 //
-// Everything on a bridge lives in the namespace that it holds, so that the daemon may be killed, or replaced by that of a newer
-// usernet. When the keeper itself is killed the daemon goes on; the next entry starts another keeper, which gets the
+// Everything on a bridge lives in the namespace that it holds, so that the daemon may be killed. When the keeper itself is killed the daemon goes on; the next entry starts another keeper, which gets the
 // namespaces from the daemon's descriptors. It ends when the daemon has nothing left to do.
 
 // keeperName is argv[0] of the keeper; argv[1] is the directory of the shared mode, argv[2] and [3] are PID and start of a

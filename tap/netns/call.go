@@ -199,8 +199,8 @@ func (n *NS) onThread(f func()) error {
 			done <- fmt.Errorf("open our own network namespace (is /proc mounted?): %w", err)
 			return
 		}
-		defer unix.Close(home)
 		if err := unix.Setns(n.fd, unix.CLONE_NEWNET); err != nil {
+			unix.Close(home)
 			runtime.UnlockOSThread()
 			done <- fmt.Errorf("setns: %w", err)
 			return
@@ -209,6 +209,7 @@ func (n *NS) onThread(f func()) error {
 			if unix.Setns(home, unix.CLONE_NEWNET) == nil {
 				runtime.UnlockOSThread()
 			}
+			unix.Close(home) // before the caller goes on, who may count what is open
 			done <- nil
 		}()
 		f()
