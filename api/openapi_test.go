@@ -17,6 +17,7 @@ import (
 	"github.com/getkin/kin-openapi/routers/legacy"
 
 	"usernet/api"
+	"usernet/network"
 )
 
 // openapi.yaml tells the truth: each answer of the server fits it, with no field too many or too few, and each answer
@@ -36,7 +37,7 @@ func TestOpenAPI(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	full, _ := serve(t, newFake(), func(c *api.Config) { c.Pprof = true })
+	full, _ := serve(t, newFake(), func(c *api.Config) { c.Pprof, c.Networks = true, fakeNetworks{network.New()} })
 	bare, _ := serve(t, nil, func(c *api.Config) {
 		c.Info = func() api.Info {
 			return api.Info{Version: "x", Namespace: "y", Interface: api.Interface{Name: "tap0", MTU: 1500, Queues: 1}}
@@ -65,6 +66,22 @@ func TestOpenAPI(t *testing.T) {
 		{"DELETE", "/v1/usernet/forwards/1?drain=true", "", 204, false},
 		{"DELETE", "/v1/usernet/forwards/1", "", 404, false},
 		{"DELETE", "/v1/usernet/forwards/2?drain=perhaps", "", 400, true},
+		{"POST", "/v1/usernet/networks", `{"name":"web","subnet":"10.1.0.0/30"}`, 201, false},
+		{"POST", "/v1/usernet/networks", `{"name":"web"}`, 409, false},
+		{"POST", "/v1/usernet/networks", `{"name":"Web","mtu":1500}`, 400, false},
+		{"GET", "/v1/usernet/networks/web", "", 200, false},
+		{"GET", "/v1/usernet/networks/nope", "", 404, false},
+		{"POST", "/v1/usernet/networks/web/members", `{"path":"/a","name":"a","aliases":["b"]}`, 201, false},
+		{"POST", "/v1/usernet/networks/web/members", `{"path":"/bb","name":"bb"}`, 409, false},
+		{"POST", "/v1/usernet/networks/web/members", `{"path":"/bb","name":"bb","mac":"1"}`, 400, false},
+		{"POST", "/v1/usernet/networks/nope/members", `{"path":"/bb","name":"bb"}`, 404, false},
+		{"GET", "/v1/usernet/networks", "", 200, false},
+		{"DELETE", "/v1/usernet/networks/web", "", 409, false},
+		{"DELETE", "/v1/usernet/networks/web/members/a", "", 204, false},
+		{"DELETE", "/v1/usernet/networks/web/members/a", "", 404, false},
+		{"GET", "/v1/usernet/networks/web", "", 200, false},
+		{"DELETE", "/v1/usernet/networks/web", "", 204, false},
+		{"DELETE", "/v1/usernet/networks/web", "", 404, false},
 		{"GET", "/v1/usernet/metrics", "", 200, false},
 		{"GET", "/v1/usernet/debug/pprof/heap?debug=1", "", 200, false},
 		{"GET", "/v1/usernet/debug/pprof/heap", "", 200, false},
@@ -99,7 +116,7 @@ func TestOpenAPI(t *testing.T) {
 	}
 	codes := doc.Components.Schemas["Error"].Value.Properties["code"].Value.Enum
 	for _, code := range []string{api.CodeBadRequest, api.CodeUnknownID, api.CodeNotFound, api.CodeMethod, api.CodeConflict, api.CodeInUse,
-		api.CodeNotAvailable, api.CodeNotPermitted, api.CodeTooLarge, api.CodeBusy, api.CodeInternal} {
+		api.CodeNotAvailable, api.CodeNotPermitted, api.CodeTooLarge, api.CodeBusy, api.CodeInternal, api.CodeExhausted} {
 		if !slices.Contains(codes, any(code)) {
 			t.Errorf("the document has no code %s", code)
 		}
