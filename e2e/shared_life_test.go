@@ -167,8 +167,12 @@ func TestSharedHostChanges(t *testing.T) {
 // Members come and go, and nothing of them stays, here or there. Those that stay do not notice.
 func TestSharedComings(t *testing.T) {
 	needs(t, "ping", "ip")
-	const rounds = 25
+	const rounds, present = 100, 50 // of two guests
 	c := newCrew(t)
+	for i := len(c.was); i < present; i++ {
+		crowd := newContainerBy(t, rootMapped...)
+		c.do(t, "attach", "web", fmt.Sprint(crowd.pid), "--name", fmt.Sprintf("crowd%d", i))
+	}
 	guests := []*container{newContainerBy(t, rootMapped...), newContainerBy(t, rootMapped...)}
 	round := func() {
 		for i, g := range guests {
@@ -213,5 +217,14 @@ func TestSharedComings(t *testing.T) {
 	if left, _ := filepath.Glob(filepath.Join(c.dir, "web", "guest*.sock")); len(left) > 0 {
 		t.Errorf("sockets are left: %v", left)
 	}
-	c.same(t)
+	if got := len(c.inspect(t, "web").Members); got != present {
+		t.Errorf("there are %d members, want %d", got, present)
+	}
+	for name, m := range c.members {
+		mustReach(t, m.net, joinHostPort(c.was["a"].IPv4, 80))
+		mustReach(t, lab.outside, joinHostPort(hostAddr4, 7400))
+		if is := c.member(t, "web", name); is.IPv4 != c.was[name].IPv4 {
+			t.Errorf("%s has %s, and had %s", name, is.IPv4, c.was[name].IPv4)
+		}
+	}
 }
