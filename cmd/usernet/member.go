@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -191,6 +192,9 @@ func parsePorts(n network.Network, words []string) (p memberPortsSpec, err error
 		specs, err := portdriver.ParseSpec(w)
 		if err != nil {
 			return bad("%v", err)
+		}
+		if path := specs[0].HostPath; path != "" && !filepath.IsAbs(path) {
+			return bad("%q is not an absolute path: a client's directory is not known here", path)
 		}
 		p.specs = append(p.specs, specs...)
 	}

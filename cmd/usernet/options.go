@@ -103,7 +103,7 @@ type usageError struct{ err error }
 func (e usageError) Error() string { return e.err.Error() }
 func (e usageError) Unwrap() error { return e.err }
 
-// parse turns argv, without the program's name, into options. It asks nothing of the
+// parse turns argv, without the program's name, into options. But for the directory in which paths are meant it asks nothing of the
 // system; env looks up the environment. Its errors are of type usageError.
 func parse(args []string, env func(string) string) (*options, error) {
 	o, err := parseCommand(args, env)

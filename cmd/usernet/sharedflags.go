@@ -77,8 +77,8 @@ func (m *membership) request() (r api.AttachRequest, err error) {
 			}
 		}
 	}
-	r.Publish = m.publish
-	return r, nil
+	r.Publish, err = whereTyped(m.publish)
+	return r, err
 }
 
 // newOrderFlags defines those of one verb, beside --help.

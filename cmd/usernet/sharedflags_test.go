@@ -2,6 +2,7 @@ package main
 
 import (
 	"net/netip"
+	"os"
 	"reflect"
 	"strings"
 	"testing"
@@ -47,6 +48,27 @@ func TestParseOrder(t *testing.T) {
 		case o.command != cmdOrder || !reflect.DeepEqual(*o.order, tt.want):
 			t.Errorf("%s:\n got %+v\nwant %+v", tt.args, *o.order, tt.want)
 		}
+	}
+}
+
+// Paths are meant where they are typed; the daemon is elsewhere, and takes none that depends on it.
+func TestPublishPaths(t *testing.T) {
+	dir, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	o, err := parse(line("attach web 12 --name x -p ./a.sock:80 -p /b.sock:80"), environment(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := strings.Join(o.order.request.Publish, " "), dir+"/a.sock:80 /b.sock:80"; got != want {
+		t.Errorf("published %s, want %s", got, want)
+	}
+	if _, err := parsePorts(network.Network{Name: "web"}, []string{"./a.sock:80"}); err == nil || !strings.Contains(err.Error(), "not an absolute path") {
+		t.Errorf("a relative path: %v", err)
+	}
+	if _, err := parsePorts(network.Network{Name: "web", Internal: true}, []string{"80:80"}); err == nil || !strings.Contains(err.Error(), "internal") {
+		t.Errorf("a port of an internal network: %v", err)
 	}
 }
 
