@@ -7,6 +7,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 )
@@ -48,6 +49,7 @@ type axis struct {
 	everyMTU    bool // else the first MTU's figure serves
 	quick       bool
 	fresh       bool          // each sample with a new instance; limits have none and are left out
+	members     bool          // those of shared networks take part, beside containers with networks of their own
 	many        bool          // ports are published in the measurement, not before; at the start by those that cannot else
 	part        time.Duration // a load lasts the duration divided by this
 	proto       string        // of a published port's client: tcp, udp, or neither
@@ -88,6 +90,13 @@ var axes = func() []*axis {
 			all = append(all, udpAxis("udp-steady", outbound, way, size, steadyRate))
 		}
 	}
+	for _, a := range all {
+		a.members = slices.Contains([]string{"tcp-out-1", "tcp-in-1", "tcp-rr"}, a.name)
+	}
+	all = append(all,
+		tcpAxis("member-1", among, 1, false, true),
+		tcpAxis("member-8", among, 8, false, false),
+		rrAxis("member-rr", among, true))
 	for _, r := range []route{fromHost, fromAround} {
 		where := map[route]string{fromHost: "pub-lo-", fromAround: "pub-net-"}[r]
 		all = append(all,
@@ -126,9 +135,10 @@ func axisNamed(name string) *axis {
 	return nil
 }
 
-// published says in words what a route adds to a title.
+// String says in words what a route adds to a title.
 func (r route) String() string {
-	return map[route]string{outbound: "", fromHost: ", to a published port from the host's loopback", fromAround: ", to a published port from outside"}[r]
+	return map[route]string{outbound: "", fromHost: ", to a published port from the host's loopback", fromAround: ", to a published port from outside",
+		among: ", from one member of a network to another"}[r]
 }
 
 // tcpAxis is bulk data. reverse: the server sends.
@@ -138,8 +148,11 @@ func tcpAxis(name string, r route, streams int, reverse, everyMTU bool) *axis {
 	if reverse == (r == outbound) {
 		way = "in"
 	}
+	if r == among {
+		way = "bulk"
+	}
 	part := time.Duration(1)
-	if r != outbound {
+	if r.published() {
 		part = 2
 	}
 	return published("tcp", &axis{
@@ -162,7 +175,7 @@ func tcpAxis(name string, r route, streams int, reverse, everyMTU bool) *axis {
 
 // published adds to an axis of a published port whether the client's address arrives: it is asked before each sample.
 func published(proto string, a *axis) *axis {
-	if a.route == outbound {
+	if !a.route.published() {
 		return a
 	}
 	a.proto, a.metrics = proto, append(a.metrics, sourceKept)

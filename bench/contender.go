@@ -23,12 +23,18 @@ const (
 	outbound   route = iota // from the container to outside
 	fromHost                // from the host's loopback to a published port
 	fromAround              // from outside to a published port
+	among                   // from one member of a network to another
 )
 
-// The limits are the same loads without a container: over lo, or over the cable between host and outside.
+// published tells whether it leads to a published port.
+func (r route) published() bool { return r == fromHost || r == fromAround }
+
+// The limits are the same loads without a container, over lo or over the cable between host and outside, and between
+// two on a bridge that nobody manages. The latter is made and unmade as peers are.
 const (
 	limitLoopback = "loopback"
 	limitVeth     = "veth"
+	limitBridge   = "bridge"
 )
 
 var limits = []string{limitLoopback, limitVeth}
@@ -43,7 +49,7 @@ func contenderNames() []string {
 
 func known(name string) bool { return slices.Contains(contenderNames(), name) }
 
-func isLimit(name string) bool { return slices.Contains(limits, name) }
+func isLimit(name string) bool { return name == limitBridge || slices.Contains(limits, name) }
 
 var (
 	hostIP     = netip.MustParseAddr(hostAddr)
@@ -69,12 +75,14 @@ func (c *contender) port(p uint16) uint16 { return p + c.shift }
 // contender is a peer's turn.
 func (in *instance) contender(l *lab, p *peer, r route) *contender {
 	c := &contender{name: p.name, account: in.account, instance: in, manage: p.manage}
-	if r != outbound {
+	if r.published() {
 		c.shift = p.shift
 	}
 	switch r {
 	case outbound:
 		c.client, c.server, c.addr = in.container, l.outside, outsideIP
+	case among:
+		c.client, c.server, c.addr = in.container, in.server, in.addr
 	case fromHost:
 		c.client, c.server, c.addr = l.host, in.container, loopbackIP
 	default:

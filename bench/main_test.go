@@ -65,11 +65,14 @@ func needNamespaces(t *testing.T) {
 // labArgs are a run as short as it can be, of whom there is.
 func labArgs(t *testing.T, out, only, duration string) []string {
 	args := []string{"-samples", "1", "-duration", duration, "-mtu", "1500", "-only", only, "-out", out, "-foreign", "1"}
-	peers := "loopback,veth"
+	peers := "loopback,veth,bridge"
 	if bin := os.Getenv("USERNET_BIN"); bin != "" {
 		args, peers = append(args, "-usernet", bin), peers+",usernet"
 		if usernetPublishes(&lab{usernet: bin}) {
 			peers += ",usernet-stack"
+		}
+		if usernetShares(&lab{usernet: bin}) == nil {
+			peers += "," + sharedVeth + "," + sharedTAP + "," + sharedMixed
 		}
 	}
 	if installed("slirp4netns", "slirp4netns")(nil) == nil {
@@ -116,7 +119,8 @@ func TestLab(t *testing.T) {
 	plain := []string{"tcp-rr", "tcp-crr", "udp-rr", "udp-out-64", "udp-steady-in-1400", "startup"}
 	streams := []string{"pub-lo-rr", "pub-net-crr"}
 	datagrams := []string{"pub-lo-udp-rr", "pub-net-udp-in-1400", "pub-net-udp-out-64"}
-	args := labArgs(t, out, "^("+strings.Join(slices.Concat(plain, streams, datagrams), "|")+")$", "50ms")
+	members := []string{"member-rr"}
+	args := labArgs(t, out, "^("+strings.Join(slices.Concat(plain, streams, datagrams, members), "|")+")$", "50ms")
 	if err := outer(context.Background(), args); err != nil {
 		t.Fatal(err)
 	}
@@ -139,9 +143,13 @@ func TestLab(t *testing.T) {
 			}
 		case "usernet-stack":
 			wanted = streams
+		case sharedVeth, sharedTAP:
+			wanted = append(members, "tcp-rr")
+		case sharedMixed, limitBridge:
+			wanted = members
 		}
 		for _, a := range wanted {
-			if isLimit(c) && !takesPart(c, axisNamed(a)) {
+			if slices.Contains(limits, c) && !takesPart(c, axisNamed(a)) {
 				continue
 			}
 			row := r.find(a, 1500, c)
@@ -165,7 +173,7 @@ func TestLab(t *testing.T) {
 	if want := 2 * len(vantages); slices.Contains(contenders, "slirp4netns") && len(r.Sightings) < want {
 		t.Errorf("%d sightings, wanted at least %d", len(r.Sightings), want)
 	}
-	for _, name := range []string{"results.txt", "results.md", "roundtrips.svg", "udp.svg", "published-roundtrips.svg"} {
+	for _, name := range []string{"results.txt", "results.md", "roundtrips.svg", "udp.svg", "published-roundtrips.svg", "members-roundtrips.svg"} {
 		if info, err := os.Stat(filepath.Join(out, name)); err != nil || info.Size() == 0 {
 			t.Errorf("%s: %v", name, err)
 		}

@@ -14,10 +14,13 @@ func (r *report) markdown() string {
 	r.conditions(&b)
 	r.verdicts(&b)
 	for _, mtu := range r.MTUs {
-		r.table(&b, fmt.Sprintf("MTU %d", mtu), mtu, func(a *axis) bool { return a.route == outbound })
+		r.table(&b, fmt.Sprintf("MTU %d", mtu), "usernet", mtu, func(a *axis) bool { return a.route == outbound })
 	}
 	for _, mtu := range r.MTUs {
-		r.table(&b, fmt.Sprintf("Published ports, MTU %d", mtu), mtu, func(a *axis) bool { return a.route != outbound })
+		r.table(&b, fmt.Sprintf("Between members of a network, MTU %d", mtu), sharedVeth, mtu, func(a *axis) bool { return a.route == among })
+	}
+	for _, mtu := range r.MTUs {
+		r.table(&b, fmt.Sprintf("Published ports, MTU %d", mtu), "usernet", mtu, func(a *axis) bool { return a.route.published() })
 	}
 	r.sources(&b)
 	r.troubles(&b)
@@ -103,8 +106,8 @@ func (r *report) columns(mtu int, in func(*axis) bool) []string {
 	return names
 }
 
-// table has the axes that are in.
-func (r *report) table(b *strings.Builder, title string, mtu int, in func(*axis) bool) {
+// table has the axes that are in; whose figures are set beside the others' is own.
+func (r *report) table(b *strings.Builder, title, own string, mtu int, in func(*axis) bool) {
 	columns := r.columns(mtu, in)
 	if len(columns) == 0 {
 		return
@@ -113,7 +116,7 @@ func (r *report) table(b *strings.Builder, title string, mtu int, in func(*axis)
 	for _, c := range columns {
 		fmt.Fprintf(b, " %s |", c)
 	}
-	b.WriteString(" usernet ÷ best peer | usernet ÷ limit |\n|---|---|")
+	fmt.Fprintf(b, " %s ÷ best peer | %s ÷ limit |\n|---|---|", own, own)
 	b.WriteString(strings.Repeat("---|", len(columns)+2))
 	b.WriteByte('\n')
 	for _, a := range axes {
@@ -134,16 +137,16 @@ func (r *report) table(b *strings.Builder, title string, mtu int, in func(*axis)
 			if !any {
 				continue
 			}
-			own := r.median(a.name, mtu, "usernet", m)
+			is := r.median(a.name, mtu, own, m)
 			best, value := r.bestPeer(a.name, mtu, m)
 			if m == sourceKept {
-				own = math.NaN() // yes or no is no ratio
+				is = math.NaN() // yes or no is no ratio
 			}
 			fmt.Fprintf(b, "| %s | %s | %s | %s | %s |\n", a.name, m.unit, strings.Join(cells, " | "),
-				times(ratio(own, value), " "+best), times(ratio(own, r.limit(a.name, mtu, m)), ""))
+				times(ratio(is, value), " "+best), times(ratio(is, r.limit(a.name, mtu, m)), ""))
 		}
 	}
-	b.WriteString("\nThe limit is veth, and of what does not cross it loopback. The axes:\n\n")
+	b.WriteString("\nThe limit is veth, and of what does not cross it bridge or loopback. The axes:\n\n")
 	for _, a := range axes {
 		if in(a) && slices.ContainsFunc(r.Rows, func(row *row) bool { return row.MTU == mtu && row.Axis == a.name }) {
 			fmt.Fprintf(b, "- %s: %s\n", a.name, a.title)

@@ -35,6 +35,8 @@ type peer struct {
 	plain     bool
 	// streams: only its way of TCP is its own; the rest is measured under another name.
 	streams bool
+	// among: it is two members of a network, and outward, that the one is measured on its way out too.
+	among, outward bool
 	// thorough: it is not in the quick run, whose time is short, unless it is asked for.
 	thorough bool
 	// shift is what is added to the ports of a container to have those of the host that lead there: another for each,
@@ -49,6 +51,8 @@ type peer struct {
 // An instance is a peer that serves a container.
 type instance struct {
 	container *agent
+	server    *agent     // another member of its network
+	addr      netip.Addr // and at which the container reaches that
 	account   account
 	ready     time.Duration // from its start until it said so
 	socket    string        // for publishing, or empty
@@ -135,10 +139,55 @@ var peers = []*peer{
 		start:     vsockKit.start,
 		thorough:  true,
 	},
+	{
+		name:    sharedVeth,
+		present: usernetShares,
+		version: func(l *lab) string { return usernetVersion(l) + ", members of a shared network, on veths" },
+		among:   true,
+		outward: true,
+		start:   startShared(onVeth, onVeth),
+	},
+	{
+		name:    sharedTAP,
+		present: usernetShares,
+		version: func(l *lab) string { return usernetVersion(l) + ", members of a shared network, on TAP cables" },
+		among:   true,
+		outward: true,
+		start:   startShared(onTAP, onTAP),
+	},
+	{
+		name:     sharedMixed,
+		present:  usernetShares,
+		version:  func(l *lab) string { return usernetVersion(l) + ", the client on a veth and the server on a TAP cable" },
+		among:    true,
+		thorough: true,
+		start:    startShared(onVeth, onTAP),
+	},
+	{
+		name:    limitBridge,
+		present: func(*lab) error { return nil },
+		version: func(*lab) string { return "" },
+		among:   true,
+		start:   startBridge,
+	},
 }
 
+// The shared mode, by the cables of its members.
+const (
+	sharedVeth  = "usernet-shared"
+	sharedTAP   = "usernet-tap"
+	sharedMixed = "usernet-mixed"
+)
+
 // ours tells whether a contender is usernet, by whichever way.
-func ours(name string) bool { return name == "usernet" || name == "usernet-stack" }
+func ours(name string) bool { return name == "usernet" || strings.HasPrefix(name, "usernet-") }
+
+func usernetShares(l *lab) error {
+	if l.usernet == "" || !strings.Contains(output(l.usernet, "--help"), "network create") {
+		return errors.New("no binary that has shared networks (make build)")
+	}
+	return nil
+}
 
 func usernetVersion(l *lab) string { return firstLine(l.usernet, "version") }
 
@@ -331,20 +380,28 @@ func startDaemon(ctx context.Context, l *lab, args []string, ready func(*os.File
 	return in, nil
 }
 
-// prepareContainer sets what all contenders have alike, and waits until the container reaches outside.
+// prepareContainer equips it, and waits until it reaches outside.
 func prepareContainer(ctx context.Context, l *lab, container *agent) error {
-	set := map[string]string{"ipv4/ip_local_port_range": portRange, "ipv4/tcp_congestion_control": l.cc}
-	if err := container.do(ctx, "sysctl", sysctlParams{Set: set}, nil); err != nil {
+	if err := equip(ctx, l, container); err != nil {
 		return err
 	}
-	to := netip.MustParseAddr(outsideAddr)
-	var err error
+	return reach(ctx, container, outsideIP)
+}
+
+// equip sets what all contenders have alike.
+func equip(ctx context.Context, l *lab, container *agent) error {
+	set := map[string]string{"ipv4/ip_local_port_range": portRange, "ipv4/tcp_congestion_control": l.cc}
+	return container.do(ctx, "sysctl", sysctlParams{Set: set}, nil)
+}
+
+// reach waits until a container reaches the echo service at an address.
+func reach(ctx context.Context, container *agent, to netip.Addr) (err error) {
 	for end := time.Now().Add(readyLimit); time.Now().Before(end) && ctx.Err() == nil; time.Sleep(20 * time.Millisecond) {
 		if err = container.do(ctx, "tcp-rr", rrParams{Addr: to, Ports: echoPorts, Duration: time.Millisecond}, nil); err == nil {
 			return nil
 		}
 	}
-	return fmt.Errorf("outside is not reached: %w", errors.Join(err, ctx.Err()))
+	return fmt.Errorf("%v is not reached: %w", to, errors.Join(err, ctx.Err()))
 }
 
 // startEcho begins the echo service of an agent, which lasts as long as the agent.

@@ -28,6 +28,9 @@ func (r *report) charts() []chart {
 			chart{fmt.Sprintf("tcp-%d", mtu), fmt.Sprintf("TCP at MTU %d", mtu), gbits, mtu, bulk},
 			chart{fmt.Sprintf("tcp-cpu-%d", mtu), fmt.Sprintf("CPU of the network process at MTU %d", mtu), cpuGiB, mtu, bulk})
 	}
+	cs = append(cs,
+		chart{"members", "TCP between members of a network", gbits, 0, []string{"member-1", "member-8"}},
+		chart{"members-roundtrips", "Round trips between members of a network", perSecond, 0, []string{"member-rr"}})
 	trips := []string{"tcp-rr", "tcp-crr", "udp-rr"}
 	floods := []string{"udp-out-64", "udp-out-1400", "udp-in-64", "udp-in-1400"}
 	steady := []string{"udp-steady-out-64", "udp-steady-out-1400", "udp-steady-in-64", "udp-steady-in-1400"}

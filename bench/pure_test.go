@@ -280,3 +280,51 @@ func TestFlood(t *testing.T) {
 		}
 	}
 }
+
+// A member is found by its name, and one that has another cable than it should is not measured.
+func TestParseMember(t *testing.T) {
+	text := []byte(`{"name": "bench", "members": [
+		{"name": "client", "ipv4": "10.89.0.2", "cable": "veth"}, {"name": "server", "ipv4": "10.89.0.3", "cable": "tap"}]}`)
+	if addr, err := parseMember(text, "server", onTAP); err != nil || addr != netip.MustParseAddr("10.89.0.3") {
+		t.Errorf("%v, %v", addr, err)
+	}
+	for _, bad := range []struct{ text, name, cable string }{
+		{string(text), "server", onVeth}, {string(text), "other", onVeth}, {`{"members": []}`, "client", onVeth}, {"no network", "client", onVeth},
+	} {
+		if addr, err := parseMember([]byte(bad.text), bad.name, bad.cable); err == nil {
+			t.Errorf("%+v: %v", bad, addr)
+		}
+	}
+}
+
+// Members take part between themselves and in three ways out, and nobody else between them.
+func TestTakes(t *testing.T) {
+	published := func(*lab) bool { return true }
+	for _, c := range []struct {
+		p     peer
+		quick bool
+		takes []string
+	}{
+		{p: peer{among: true, outward: true}, takes: []string{"tcp-out-1", "tcp-in-1", "tcp-rr", "member-1", "member-8", "member-rr"}},
+		{p: peer{among: true, outward: true}, quick: true, takes: []string{"member-1", "member-8", "member-rr"}},
+		{p: peer{among: true}, takes: []string{"member-1", "member-8", "member-rr"}},
+		{p: peer{publishes: published, streams: true}, takes: []string{"pub-lo-in-1", "pub-lo-out-1", "pub-lo-in-8", "pub-lo-out-8", "pub-lo-rr", "pub-lo-crr",
+			"pub-net-in-1", "pub-net-out-1", "pub-net-in-8", "pub-net-out-8", "pub-net-rr", "pub-net-crr"}},
+	} {
+		r := runner{options: options{quick: c.quick}}
+		var takes []string
+		for _, a := range axes {
+			if r.takes(&c.p, a) {
+				takes = append(takes, a.name)
+			}
+			for _, l := range limits {
+				if a.route == among && takesPart(l, a) {
+					t.Errorf("%s is a limit of %s", l, a.name)
+				}
+			}
+		}
+		if !slices.Equal(takes, c.takes) {
+			t.Errorf("%+v: %v", c.p, takes)
+		}
+	}
+}

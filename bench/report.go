@@ -152,10 +152,12 @@ func (r *report) bestPeer(axis string, mtu int, m metric) (string, float64) {
 	return name, best
 }
 
-// limit is the median of the cable, or where the cable is not crossed of the loopback.
+// limit is the median of the cable, or where the cable is not crossed of the bridge or the loopback.
 func (r *report) limit(axis string, mtu int, m metric) float64 {
-	if v := r.median(axis, mtu, limitVeth, m); !math.IsNaN(v) {
-		return v
+	for _, name := range []string{limitVeth, limitBridge} {
+		if v := r.median(axis, mtu, name, m); !math.IsNaN(v) {
+			return v
+		}
 	}
 	return r.median(axis, mtu, limitLoopback, m)
 }

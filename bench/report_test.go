@@ -41,6 +41,10 @@ func sampleReport() *report {
 	add("pub-net-in-1", 65520, "pasta", sourceKept, 1, 0)
 	add("pub-net-in-1", 65520, "veth", gbits, 48)
 	add("pub-lo-crr", 65520, "usernet", perSecond, 2900)
+	add("tcp-out-1", 65520, sharedVeth, gbits, 12, 12, 13)
+	add("member-1", 65520, sharedVeth, gbits, 30, 34, 32)
+	add("member-1", 65520, sharedTAP, gbits, 10, 4, 4.5)
+	add("member-1", 65520, limitBridge, gbits, 40, 41, 39)
 	r.Sightings = []sighting{
 		{Contender: "usernet", Proto: "tcp", From: vantages[0].name, Client: outsideAddr, Seen: outsideAddr, Kept: true},
 		{Contender: "pasta", Proto: "tcp", From: vantages[0].name, Client: outsideAddr, Seen: outsideAddr},
@@ -79,7 +83,7 @@ func TestGoldenReport(t *testing.T) {
 			t.Errorf("%s is not as in %s (make golden):\n%s", name, golden, text)
 		}
 	}
-	for _, name := range []string{"tcp-65520.svg", "tcp-1500.svg", "roundtrips.svg", "udp-steady.svg"} {
+	for _, name := range []string{"tcp-65520.svg", "tcp-1500.svg", "roundtrips.svg", "udp-steady.svg", "members.svg"} {
 		if text, err := os.ReadFile(filepath.Join(dir, name)); err != nil || !strings.Contains(string(text), "</svg>") {
 			t.Errorf("%s: %d octets, %v", name, len(text), err)
 		}
@@ -116,6 +120,10 @@ func TestJudge(t *testing.T) {
 		{target: target{axis: "pub-net-in-1", metric: gbits, than: "pasta", value: 1.3, other: "pub-lo-in-1"}, value: 24.0 / 16, met: true},
 		{target: target{axis: "pub-lo-crr", metric: perSecond, than: "", value: 300}, value: 2900, met: true, raise: 2500},
 		{target: target{axis: "pub-net-in-1", metric: sourceKept, than: "", value: 1}, value: 1, met: true},
+		{target: target{axis: "member-1", metric: gbits, than: limitBridge, value: 0.8, who: sharedVeth}, value: 0.8, met: true},
+		{target: target{axis: "member-1", metric: gbits, value: 5, who: sharedTAP}, value: 4.5},
+		{target: target{axis: "tcp-out-1", metric: gbits, than: "usernet", value: 0.95, who: sharedVeth}, value: 12.0 / 13},
+		{target: target{axis: "member-1", metric: gbits, value: 5}, unmeasured: true}, // usernet itself has no members
 		{target: target{axis: "tcp-rr", metric: perSecond, mtu: 0, than: "pasta", value: 1}, unmeasured: true},
 		{target: target{axis: "rss-tcp", metric: kibConn, mtu: 0, than: "", value: 16}, unmeasured: true},
 	} {
@@ -161,6 +169,9 @@ func TestNames(t *testing.T) {
 		}
 		if g.than != "" && g.than != ownBestMTU && !known(g.than) {
 			t.Errorf("%v: who is %s?", g, g.than)
+		}
+		if g.who != "" && !(known(g.who) && ours(g.who)) {
+			t.Errorf("%v: %s is not usernet", g, g.who)
 		}
 	}
 	for _, c := range sampleReport().charts() {

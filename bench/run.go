@@ -99,7 +99,7 @@ func (r *runner) choose() error {
 		}
 		r.peers = append(r.peers, p)
 		r.report.Versions[p.name] = p.version(r.lab)
-		if !p.publishes(r.lab) {
+		if !p.among && !p.publishes(r.lab) {
 			r.report.leaveOut(p.name+", published ports", "it has none, or they are not measured")
 		}
 	}
@@ -146,20 +146,33 @@ type turn struct {
 func (r *runner) turns(mtu int, first bool) []turn {
 	var ts []turn
 	for _, a := range axes {
-		if r.only != nil && !r.only.MatchString(a.name) || r.quick && !a.quick || !first && !a.everyMTU {
+		if r.only != nil && !r.only.MatchString(a.name) || r.quick && !a.quick || !first && (!a.everyMTU || r.quick && a.route == among) {
 			continue
 		}
 		t := turn{axis: a, mtu: mtu}
 		for _, p := range r.peers {
-			if a.route == outbound && p.plain || a.route != outbound && p.publishes(r.lab) && (a.proto == "tcp" || !p.streams) {
+			if r.takes(p, a) {
 				t.peers = append(t.peers, p)
 			}
 		}
-		if len(t.peers) > 0 || !a.fresh {
+		if len(t.peers)+r.limitsIn(t) > 0 {
 			ts = append(ts, t)
 		}
 	}
 	return ts
+}
+
+// takes tells whether a peer takes part in an axis.
+func (r *runner) takes(p *peer, a *axis) bool {
+	switch {
+	case a.route == among:
+		return p.among
+	case p.among:
+		return a.members && p.outward && !r.quick
+	case a.route == outbound:
+		return p.plain
+	}
+	return p.publishes(r.lab) && (a.proto == "tcp" || !p.streams)
 }
 
 // sample goes through MTUs, and in each through the axes: peers live as long as their kind of axis lasts.
@@ -172,7 +185,7 @@ func (r *runner) sample(ctx context.Context) error {
 	for i, mtu := range r.mtus {
 		published := false
 		for _, t := range r.turns(mtu, i == 0) {
-			if is := t.axis.route != outbound; is != published || t.axis.fresh {
+			if is := t.axis.route.published(); is != published || t.axis.fresh {
 				r.stopAll()
 				published = is
 			}
@@ -199,7 +212,7 @@ func (r *runner) limitsIn(t turn) int {
 // bulk data only.
 func takesPart(limit string, a *axis) bool {
 	switch {
-	case a.fresh:
+	case a.fresh || a.route == among: // whose limit is a bridge
 		return false
 	case a.route == fromHost:
 		return limit == limitLoopback
@@ -257,7 +270,7 @@ func (r *runner) instance(ctx context.Context, p *peer, t turn) (*instance, erro
 		publish = manyForwards()
 	case t.axis.many:
 		publish = []forward{}
-	case t.axis.route != outbound:
+	case t.axis.route.published():
 		publish = p.forwards()
 	}
 	in, err := p.start(ctx, r.lab, t.mtu, publish)

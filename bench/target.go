@@ -13,6 +13,7 @@ type target struct {
 	than   string  // a contender, or ownBestMTU, or "" for a bound
 	value  float64 // at least, of what is better when it is more; else at most
 	other  string  // than's axis, where it is another
+	who    string  // of usernet's contenders; "" means usernet
 }
 
 // ownBestMTU compares with usernet itself at MTU 65520.
@@ -87,6 +88,20 @@ var targets = func() []target {
 		add("pub-net-"+load, sourceKept, 0, "", 1)
 	}
 	add("pub-many", bothSeconds, 0, "", 2)
+
+	// Members of a network. Frames between veths are the kernel's alone, and what it may lose is the way to usernet's own port of the bridge.
+	// Of a way out the bridge is a small part: a tenth is what it may cost.
+	members := func(who, axis string, mtu int, than string, value float64) {
+		ts = append(ts, target{axis: axis, metric: gbits, mtu: mtu, than: than, value: value, who: who})
+	}
+	for _, mtu := range []int{65520, 1500} {
+		members(sharedVeth, "member-1", mtu, limitBridge, 0.8)
+		members(sharedTAP, "member-1", mtu, "", 5)
+		members(sharedVeth, "tcp-out-1", mtu, "usernet", 0.9)
+		members(sharedVeth, "tcp-in-1", mtu, "usernet", 0.9)
+	}
+	members(sharedVeth, "member-8", 0, limitBridge, 0.8)
+	members(sharedTAP, "member-8", 0, "", 5)
 	return ts
 }()
 
@@ -109,26 +124,34 @@ func (t target) String() string {
 	if t.mtu != 0 {
 		mtu = fmt.Sprintf(" at MTU %d", t.mtu)
 	}
+	axis := t.axis
+	if t.who != "" {
+		axis = t.who + " in " + axis
+	}
 	if t.than == "" {
-		return fmt.Sprintf("%s%s: %s %s %s", t.axis, mtu, t.metric.unit, sign, short(t.value))
+		return fmt.Sprintf("%s%s: %s %s %s", axis, mtu, t.metric.unit, sign, short(t.value))
 	}
 	than := t.than
 	if t.other != "" && t.other != t.axis {
 		than += " in " + t.other
 	}
-	return fmt.Sprintf("%s%s: %s %s %s × %s", t.axis, mtu, t.metric.unit, sign, short(t.value), than)
+	return fmt.Sprintf("%s%s: %s %s %s × %s", axis, mtu, t.metric.unit, sign, short(t.value), than)
 }
 
 // judge compares; ok is false when a side was not measured.
 func (t target) judge(r *report) (v verdict, ok bool) {
 	v = verdict{Target: t.String(), Bound: t.value}
-	own := r.median(t.axis, t.mtu, "usernet", t.metric)
+	who := t.who
+	if who == "" {
+		who = "usernet"
+	}
+	own := r.median(t.axis, t.mtu, who, t.metric)
 	v.Strict = math.NaN()
 	switch t.than {
 	case "":
 		v.Value = own
 	case ownBestMTU:
-		v.Value = ratio(own, r.median(t.axis, 65520, "usernet", t.metric))
+		v.Value = ratio(own, r.median(t.axis, 65520, who, t.metric))
 	default:
 		axis := t.axis
 		if t.other != "" {
