@@ -7,7 +7,6 @@ import (
 	"math"
 	"net/http"
 	"runtime"
-	"runtime/metrics"
 	"strconv"
 	"strings"
 
@@ -134,20 +133,9 @@ func (m *Metrics) forwards(list []portdriver.Forward) {
 
 // runtime writes what Go's runtime knows of the process; /proc is out of a sandbox's reach.
 func (m *Metrics) runtime() {
-	samples := []metrics.Sample{
-		{Name: "/sched/goroutines:goroutines"},
-		{Name: "/memory/classes/total:bytes"},
-		{Name: "/memory/classes/heap/released:bytes"},
-		{Name: "/memory/classes/heap/objects:bytes"},
-	}
-	metrics.Read(samples)
-	value := func(i int) float64 {
-		if samples[i].Value.Kind() != metrics.KindUint64 {
-			return math.NaN()
-		}
-		return float64(samples[i].Value.Uint64())
-	}
-	m.Gauge("usernet_goroutines", "Goroutines.", value(0))
-	m.Gauge("usernet_memory_bytes", "Memory that Go's runtime holds.", value(1)-value(2))
-	m.Gauge("usernet_heap_bytes", "Objects on the heap.", value(3))
+	var mem runtime.MemStats // runtime/metrics makes 300 descriptions at each start of the program, whether it is asked or not
+	runtime.ReadMemStats(&mem)
+	m.Gauge("usernet_goroutines", "Goroutines.", float64(runtime.NumGoroutine()))
+	m.Gauge("usernet_memory_bytes", "Memory that Go's runtime holds.", float64(mem.Sys-mem.HeapReleased))
+	m.Gauge("usernet_heap_bytes", "Objects on the heap.", float64(mem.HeapAlloc))
 }
