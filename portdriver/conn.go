@@ -35,6 +35,7 @@ type conn struct {
 	why    error          // the first target's
 	trying bool           // whether the kernel path answers again: see detour
 	astray bool           // over lo the next target did not answer, or something else did: the stack is asked
+	asking bool           // of these: it was refused, and rightly so unless the stack has an answer at once
 
 	// Under f.mu:
 	cancel context.CancelCauseFunc // of the goroutine's dial
@@ -125,7 +126,7 @@ func (c *conn) dial(ctx context.Context) error {
 			return err
 		}
 		c.dropSocket()
-		c.astray, c.trying = false, false
+		c.astray, c.asking, c.trying = false, false, false
 		if c.why == nil {
 			c.why = fmt.Errorf("dial %v: %w", dst, err)
 		}
@@ -153,7 +154,9 @@ func (c *conn) dialOne(ctx context.Context, dst netip.AddrPort) error {
 	if path == PathKernel && !c.astray && !(kind.Transparent && other && c.detoured(dst.Addr())) {
 		err := c.dialKernel(ctx, kind, src, dst)
 		if err == nil {
-			c.answered(dst.Addr())
+			if other {
+				c.answered(dst.Addr())
+			}
 			return c.join(nil)
 		}
 		c.astray = kind.Transparent && other && c.mayBeAstray(dst.Addr(), err)
@@ -169,6 +172,9 @@ func (c *conn) dialOne(ctx context.Context, dst netip.AddrPort) error {
 	c.dropSocket()
 	if ctx == atOnce {
 		return errWait
+	}
+	if c.asking {
+		return c.ask(ctx, src, dst)
 	}
 	end, err := d.cfg.Stack.DialFrom(ctx, src, dst)
 	if src.Port() != 0 && (errors.Is(err, unix.EADDRINUSE) || errors.Is(err, unix.EADDRNOTAVAIL)) {

@@ -1,6 +1,7 @@
 package portdriver
 
 import (
+	"context"
 	"errors"
 	"net/netip"
 	"time"
@@ -28,7 +29,7 @@ const (
 	shortPatience = 250 * time.Millisecond
 
 	// askTime lies between two refused connections of which the stack is asked as well: a forward to a server on the container's loopback
-	// alone hardly pays for it, and DNAT that is new is found as soon.
+	// alone hardly pays for it, and DNAT that is new is found as soon. Where the stack is silent too, it doubles, up to detourTimeMost.
 	askTime = time.Second
 )
 
@@ -38,7 +39,9 @@ var errLedAway = errors.New("over lo the container's port did not answer, and by
 type detour struct {
 	until time.Time     // of the next try; zero: there is no detour
 	time  time.Duration // how long this one is
-	asked time.Time     // when the stack was last asked after a refusal
+
+	ask   time.Time     // until then the stack is not asked after a refusal
+	pause time.Duration // after an ask that found silence, until the next
 }
 
 func (f *forward) detourLocked(dst netip.Addr) *detour {
@@ -84,11 +87,34 @@ func (c *conn) mayBeAstray(dst netip.Addr, err error) bool {
 	c.f.mu.Lock()
 	defer c.f.mu.Unlock()
 	t, now := c.f.detourLocked(dst), time.Now()
-	if !c.trying && now.Sub(t.asked) < askTime {
+	if !c.trying && now.Before(t.ask) {
 		return false
 	}
-	t.asked = now
+	t.ask = now.Add(askTime)
+	c.asking = true
 	return true
+}
+
+// ask is the dial by the stack after a refusal over lo; the error is that refusal.
+func (c *conn) ask(ctx context.Context, src, dst netip.AddrPort) error {
+	short, cancel := context.WithTimeout(ctx, shortPatience)
+	defer cancel()
+	end, err := c.f.d.cfg.Stack.DialFrom(short, src, dst)
+	if err == nil {
+		c.ledAway(dst.Addr())
+		return c.join(end)
+	}
+	c.f.mu.Lock()
+	defer c.f.mu.Unlock()
+	t := c.f.detourLocked(dst.Addr())
+	if short.Err() == nil {
+		t.pause = 0
+	} else if ctx.Err() == nil {
+		// A firewall before the TAP, say: this must not cost a client a second its patience.
+		t.pause = min(max(2*t.pause, 2*askTime), detourTimeMost)
+		t.ask = time.Now().Add(t.pause)
+	}
+	return unix.ECONNREFUSED
 }
 
 // ledAway begins the detour, or goes on with it: c had no answer over lo, and one by the stack.

@@ -74,8 +74,12 @@ func TestRefusedOverLo(t *testing.T) {
 			{0, unix.ECONNRESET, false},
 		} {
 			time.Sleep(test.after)
+			c.asking = false
 			if got := c.mayBeAstray(container4, test.err); got != test.want {
 				t.Errorf("%d: %v after %v: %t", i, test.err, test.after, got)
+			}
+			if c.asking != (test.want && test.err == unix.ECONNREFUSED) {
+				t.Errorf("%d: asking is %t", i, c.asking)
 			}
 		}
 	})

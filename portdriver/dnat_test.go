@@ -17,13 +17,18 @@ func shell(t *testing.T, in *taptest.Namespace, commands ...string) {
 	}
 }
 
-// dnat puts a container into l's container, behind a bridge, with a sayWho server on port 80, to which port 8080 is led as docker and
-// kube-proxy do it.
-func dnat(t *testing.T, l *lab) {
+func needNFT(t *testing.T, l *lab) {
 	t.Helper()
 	if l.space.Command("sh", "-c", "PATH=$PATH:/usr/sbin:/sbin; command -v nft").Run() != nil {
 		t.Skip("no nft (nftables) here")
 	}
+}
+
+// dnat puts a container into l's container, behind a bridge, with a sayWho server on port 80, to which port 8080 is led as docker and
+// kube-proxy do it.
+func dnat(t *testing.T, l *lab) {
+	t.Helper()
+	needNFT(t, l)
 	inner := taptest.NewNSIn(t, l.space, false)
 	shell(t, l.space,
 		"ip link add br0 type bridge", "ip address add 172.17.0.1/16 dev br0", "ip address add fd17::1/64 dev br0 nodad", "ip link set br0 up",
@@ -40,6 +45,8 @@ func dnat(t *testing.T, l *lab) {
 			"nft add rule "+to.family+" nat prerouting fib daddr type local tcp dport 8080 dnat to "+to.server,
 			"nft add rule "+to.family+" nat output "+to.family+" daddr != "+to.notLo+" fib daddr type local tcp dport 8080 dnat to "+to.server)
 	}
+	// The bridge looks for neighbours of IPv6 once it knows its own address to be its alone.
+	shell(t, l.space, "ping -c 1 -w 20 172.17.0.2", "ping -c 1 -w 20 fd17::2")
 	(&lab{t: t, ns: inner.Open(t), driver: l.driver}).sayWho("tcp", "[::]:80")
 }
 
@@ -82,9 +89,7 @@ func TestDNATInTheContainer(t *testing.T) {
 // A firewall in the container that trusts no foreign address on lo costs the kernel path, and no client its connection.
 func TestFirewallOnLo(t *testing.T) {
 	l := newLab(t, labConfig{})
-	if l.space.Command("sh", "-c", "PATH=$PATH:/usr/sbin:/sbin; command -v nft").Run() != nil {
-		t.Skip("no nft (nftables) here")
-	}
+	needNFT(t, l)
 	l.sayWho("tcp4", "0.0.0.0:80")
 	f := l.add("203.0.113.1:0:80")[0]
 	shell(t, l.space, "nft add table ip wall", "nft 'add chain ip wall input { type filter hook input priority 0; }'",
@@ -96,5 +101,25 @@ func TestFirewallOnLo(t *testing.T) {
 	}
 	if f, _ := l.driver.Get(f.ID); f.Path != PathStack || !strings.Contains(f.Note, errLedAway.Error()) {
 		t.Errorf("%+v", f)
+	}
+}
+
+// A server on the loopback alone is reached where a firewall drops what comes by the TAP: the look there after the refusal is short, and rare.
+func TestFirewallOnTAP(t *testing.T) {
+	l := newLab(t, labConfig{})
+	needNFT(t, l)
+	l.sayWho("tcp4", "127.0.0.1:80")
+	id := l.add("203.0.113.1:0:80")[0].ID
+	shell(t, l.space, "nft add table ip wall", "nft 'add chain ip wall input { type filter hook input priority 0; }'",
+		"nft add rule ip wall input iifname tap0 drop")
+	f, _ := l.driver.Get(id)
+	for range 3 {
+		seenBy(t, dial(t, "tcp", at(host4, f)))
+	}
+	fw := l.driver.all()[0]
+	fw.mu.Lock()
+	defer fw.mu.Unlock()
+	if pause := fw.detours[0].pause; pause < 2*askTime {
+		t.Errorf("after silence the stack is asked again in %v", pause)
 	}
 }
