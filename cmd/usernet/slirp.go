@@ -127,9 +127,12 @@ func slirpOptions(s *slirp4netns.Options) (*options, error) {
 func slirpOutbound(s *slirp4netns.Options) (forwarder.Outbound, error) {
 	lo4, to4 := loopback(s.Outbound4, netip.AddrFrom4([4]byte{127, 0, 0, 1}))
 	lo6, to6 := loopback(s.Outbound6, netip.IPv6Loopback())
+	if _, err := forwarder.ParseOutbound(to4, ""); err != nil {
+		return forwarder.Outbound{}, fmt.Errorf("outbound-addr has to be valid ipv4 address or interface name: %w", err)
+	}
 	o, err := forwarder.ParseOutbound(to4, to6)
 	if err != nil {
-		return o, fmt.Errorf("outbound-addr has to be valid ipv4 address or interface name: %w", err)
+		return o, fmt.Errorf("outbound-addr6 has to be valid ipv6 address or interface name: %w", err)
 	}
 	if lo4.IsValid() {
 		o.Addr4 = lo4

@@ -95,8 +95,8 @@ func TestSlirpOptionsRefuse(t *testing.T) {
 		"1 a/b":                                "no slash",
 		"-c --macaddress=52:55:0a:00:02:02 1":  "the gateway's",
 		"--outbound-addr=::1 1":                "outbound-addr has to be valid ipv4 address",
-		"--outbound-addr6=127.0.0.1 1":         "outbound-addr has to be valid",
-		"--outbound-addr6=::ffff:127.0.0.1 1":  "outbound-addr has to be valid",
+		"--outbound-addr6=127.0.0.1 1":         "outbound-addr6 has to be valid ipv6 address",
+		"--outbound-addr6=::ffff:127.0.0.1 1":  "outbound-addr6 has to be valid ipv6 address",
 		"--outbound-addr=averylonginterface 1": "outbound-addr has to be valid",
 	} {
 		s, err := slirp4netns.Parse(append([]string{"slirp4netns"}, strings.Fields(args)...), exists)
