@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"usernet/api"
@@ -177,7 +178,9 @@ func (c *Client) explain(err error) error {
 	case dialling:
 		return err
 	}
-	if !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+	// net/http's error for an end that came before the request was sent has no name that others could use.
+	early := strings.HasSuffix(err.Error(), "server closed idle connection")
+	if !early && !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
 		return fmt.Errorf("%s is the socket of something else, it seems: %w", c.path, err)
 	}
 	return fmt.Errorf("%s closed the connection without an answer: only the user who started it, and root, may ask: %w", c.path, err)
