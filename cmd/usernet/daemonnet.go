@@ -390,6 +390,10 @@ func (d *daemon) reconnect(ctx context.Context, sn *sharedNet, m *member, rec ne
 			return errors.Join(err, errors.New("its process has ended"))
 		}
 	}
+	ports, err := parsePorts(sn.is, rec.Ports)
+	if err != nil {
+		return err
+	}
 	where := netns.Config{PID: rec.Process.PID, Path: rec.Path, Helper: true}
 	t := time.NewTicker(50 * time.Millisecond)
 	defer t.Stop()
@@ -402,10 +406,7 @@ func (d *daemon) reconnect(ctx context.Context, sn *sharedNet, m *member, rec ne
 			return errors.Join(err, errors.New("another namespace is there"), ns.Close())
 		}
 		m.ns = ns
-		ports, err := parsePorts(sn.is, rec.Ports)
-		if err == nil {
-			err = m.open(ctx, sn, rec, ports, true)
-		}
+		err = m.open(ctx, sn, rec, ports, true)
 		if !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.EBUSY) {
 			return err
 		}

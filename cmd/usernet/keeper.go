@@ -42,11 +42,12 @@ const (
 	daemonCannot = 3 // what it said on fdReady
 )
 
-// A daemon that dies at once is started again after a pause, which doubles.
+// A daemon that dies at once is started again after a pause, which doubles. It stays short, for members are back in the world within
+// two seconds however often somebody kills it, and a start costs 20 ms of a processor.
 const (
 	shortLife      = 2 * time.Second
 	firstPause     = 100 * time.Millisecond
-	longestPause   = 5 * time.Second
+	longestPause   = time.Second
 	daemonPatience = 10 * time.Second // to start
 )
 
@@ -104,7 +105,7 @@ func keepShared(args []string, ready *os.File) error {
 		fmt.Fprintln(ready, "ok")
 		ready.Close()
 	}
-	pause := firstPause
+	var pause time.Duration
 	for first := true; ; first = false {
 		if d == nil {
 			if d, err = startDaemon(args[1], ready); err != nil {
@@ -119,17 +120,21 @@ func keepShared(args []string, ready *os.File) error {
 		}
 		fmt.Fprintf(os.Stderr, "%s: the daemon has ended (%s) and is started again\n", keeperName, d)
 		d = nil
-		if time.Since(born) > shortLife {
-			pause = firstPause
-			continue
-		}
+		pause = nextPause(pause, time.Since(born))
 		select {
 		case <-time.After(pause):
-			pause = min(2*pause, longestPause)
 		case <-term:
 			return nil
 		}
 	}
+}
+
+// nextPause is the one after a daemon that has lived so long; last is the one before it.
+func nextPause(last, life time.Duration) time.Duration {
+	if life > shortLife {
+		return 0
+	}
+	return min(max(2*last, firstPause), longestPause)
 }
 
 // makeShared makes the namespaces and has them at their numbers. The process that they begin with ends at once: an open

@@ -62,7 +62,7 @@ func (m *member) open(ctx context.Context, sn *sharedNet, rec network.Member, po
 	life, stop := context.WithCancel(context.Background())
 	m.stop = stop
 	m.ports = newMemberPorts(m, sn, rec, life, log)
-	if err := m.ports.publish(ctx, ports); err != nil {
+	if err := m.ports.publish(ctx, ports, adopt); err != nil {
 		if !adopt {
 			return err
 		}

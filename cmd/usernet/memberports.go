@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"log/slog"
 	"slices"
 	"sync"
@@ -27,6 +28,8 @@ type memberPorts struct {
 	life context.Context
 	log  *slog.Logger
 
+	recording sync.Mutex // around mu: what is listed last is recorded last
+
 	mu     sync.Mutex
 	kit    *inside.Kit // nil: none, or not yet
 	driver *portdriver.Driver
@@ -38,8 +41,9 @@ func newMemberPorts(m *member, sn *sharedNet, rec network.Member, life context.C
 	return &memberPorts{m: m, sn: sn, rec: rec, life: life, log: log}
 }
 
-// publish does what -p says.
-func (p *memberPorts) publish(ctx context.Context, what memberPortsSpec) error {
+// publish does what -p says. With adopt, when it was published before, a port that is somebody else's by now keeps no other from it; it
+// stays recorded, and the next daemon tries again.
+func (p *memberPorts) publish(ctx context.Context, what memberPortsSpec, adopt bool) error {
 	if len(what.specs)+len(what.autos) == 0 {
 		return nil
 	}
@@ -58,8 +62,27 @@ func (p *memberPorts) publish(ctx context.Context, what memberPortsSpec) error {
 	if len(what.specs) == 0 {
 		return nil
 	}
-	_, err = p.Add(ctx, what.specs...)
-	return err
+	if !adopt {
+		_, err = p.Add(ctx, what.specs...)
+		return err
+	}
+	if _, err = d.Add(ctx, what.specs...); err == nil {
+		return nil
+	}
+	var first error
+	lost := 0
+	for _, s := range what.specs {
+		if _, err := d.Add(ctx, s); err != nil {
+			lost++
+			if first == nil {
+				first = err
+			}
+		}
+	}
+	if lost == 0 {
+		return nil
+	}
+	return fmt.Errorf("%d of %d, the first: %w", lost, len(what.specs), first)
 }
 
 // open makes the driver, if there is none yet.
@@ -146,6 +169,8 @@ func (p *memberPorts) info() *portdriver.Info {
 
 // record writes down what is published now, for a daemon that comes after.
 func (p *memberPorts) record() {
+	p.recording.Lock()
+	defer p.recording.Unlock()
 	var specs []portdriver.Spec
 	for _, f := range p.List() {
 		if !f.Auto && !f.Draining {
