@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 )
@@ -74,6 +75,24 @@ func TestSharedDaemonKilled(t *testing.T) {
 	}
 	c.kill(t, "usernet-daemon")
 	c.same(t)
+}
+
+// A daemon that the keeper has started again takes new members and records them, as the first one did.
+func TestSharedJoinAfterDaemonKilled(t *testing.T) {
+	s := newSharing(t)
+	s.do(t, "network", "create", "web")
+	old, _ := s.joined(t, "web", "old")
+	for i, killed := range [][]string{{"usernet-daemon"}, {"usernet-daemon"}, {"usernet-keeper"}, {"usernet-daemon"}} {
+		s.kill(t, killed...)
+		s.do(t, "network", "ls")
+		c, m := s.joined(t, "web", fmt.Sprintf("new%d", i))
+		c.net.serve(t, "tcp", ":80", echo)
+		mustReach(t, old.net, joinHostPort(m.IPv4, 80))
+	}
+	s.kill(t, "usernet-keeper", "usernet-daemon")
+	if n := len(s.inspect(t, "web").Members); n != 5 {
+		t.Errorf("%d members are found again, want 5", n)
+	}
 }
 
 // Without its keeper the daemon goes on, and the next command starts a keeper, which starts the daemon again.
@@ -226,5 +245,57 @@ func TestSharedComings(t *testing.T) {
 		if is := c.member(t, "web", name); is.IPv4 != c.was[name].IPv4 {
 			t.Errorf("%s has %s, and had %s", name, is.IPv4, c.was[name].IPv4)
 		}
+	}
+}
+
+// Ports that were added at once are all found again, but for the one that somebody has taken meanwhile; that comes back with the next daemon.
+func TestSharedPortsComeBack(t *testing.T) {
+	s := newSharing(t)
+	s.do(t, "network", "create", "web")
+	c, _ := s.joined(t, "web", "a")
+	c.net.serve(t, "tcp", ":80", echo)
+	const first, count = 7420, 12
+	var g sync.WaitGroup
+	for i := range count {
+		g.Go(func() {
+			if out, code := s.run(t, binary, "port", "add", "--network", "web", "--name", "a", fmt.Sprintf("%d:80", first+i)); code != 0 {
+				t.Errorf("port add: status %d: %s", code, out)
+			}
+		})
+	}
+	g.Wait()
+	reached := func() (n int) {
+		for i := range count {
+			if echoes(lab.outside, joinHostPort(hostAddr4, first+i)) {
+				n++
+			}
+		}
+		return n
+	}
+	if n := reached(); n != count {
+		t.Fatalf("%d ports are reached, want %d", n, count)
+	}
+	s.kill(t, "usernet-keeper", "usernet-daemon")
+	taken := lab.host.listen(t, fmt.Sprintf(":%d", first+3))
+	go func() {
+		for {
+			other, err := taken.Accept()
+			if err != nil {
+				return
+			}
+			other.Close()
+		}
+	}()
+	s.do(t, "network", "ls")
+	if n := reached(); n != count-1 {
+		t.Errorf("%d ports are reached with one taken, want %d", n, count-1)
+	}
+	if err := taken.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.kill(t, "usernet-daemon")
+	s.do(t, "network", "ls")
+	if n := reached(); n != count {
+		t.Errorf("%d ports are reached in the end, want %d", n, count)
 	}
 }

@@ -103,7 +103,7 @@ func keepShared(args []string, ready *os.File) error {
 	}
 	if d != nil {
 		fmt.Fprintln(ready, "ok")
-		ready.Close()
+		ready = nobodyWaits(ready)
 	}
 	var pause time.Duration
 	for first := true; ; first = false {
@@ -111,7 +111,7 @@ func keepShared(args []string, ready *os.File) error {
 			if d, err = startDaemon(args[1], ready); err != nil {
 				return err
 			}
-			ready.Close() // the daemon has it; and when it is started again, nobody waits
+			ready = nobodyWaits(ready) // the daemon has it
 		}
 		born := time.Now()
 		status := d.wait(term)
@@ -127,6 +127,15 @@ func keepShared(args []string, ready *os.File) error {
 			return nil
 		}
 	}
+}
+
+// nobodyWaits closes ready, and returns what daemons have in its place that are started again: /dev/null, as standard input is. With nothing
+// at its number a daemon would find there, and close, whatever it opens first.
+func nobodyWaits(ready *os.File) *os.File {
+	if ready != os.Stdin {
+		ready.Close()
+	}
+	return os.Stdin
 }
 
 // nextPause is the one after a daemon that has lived so long; last is the one before it.
@@ -197,7 +206,7 @@ func (d *daemonHandle) String() string {
 	return "process " + strconv.Itoa(d.pid)
 }
 
-// startDaemon gives it the namespaces and ready, which may be closed: nobody waits then.
+// startDaemon gives it the namespaces and ready.
 func startDaemon(dir string, ready *os.File) (*daemonHandle, error) {
 	user, net := os.NewFile(dup(fdUserNS), "user"), os.NewFile(dup(fdNetNS), "net")
 	defer user.Close()
