@@ -23,10 +23,14 @@ type Source struct {
 // another socket, waits for as long where traffic pauses, and under steady traffic until sysmon looks, 10 to 20 ms.
 const linger = time.Millisecond
 
+// maxLinger is how many events in a row a reader takes so where there are others, whose timers and sockets wait for as
+// long: some milliseconds.
+const maxLinger = 64
+
 // lingerer waits for a device and for the sources that were given to it.
 type lingerer struct {
 	sources []Source
-	fds     []unix.PollFd // the device's, then the sources'
+	fds     []unix.PollFd // the device's, the sources', then those of others
 	waiter  spin.Waiter
 	look    func(time.Duration) (int, error) // poll, made once
 }
@@ -36,7 +40,7 @@ type pollable interface{ FD() int }
 
 // newLingerer returns nil where lingering makes no sense: the device has no descriptor, or there are more
 // processors, so that others serve the sources meanwhile.
-func newLingerer(dev Device, sources []Source) *lingerer {
+func newLingerer(dev Device, sources []Source, others []int) *lingerer {
 	p, ok := dev.(pollable)
 	if !ok || len(sources) == 0 || runtime.GOMAXPROCS(0) > 1 {
 		return nil
@@ -45,23 +49,27 @@ func newLingerer(dev Device, sources []Source) *lingerer {
 	for _, s := range sources {
 		l.fds = append(l.fds, unix.PollFd{Fd: int32(s.FD), Events: unix.POLLIN})
 	}
+	for _, fd := range others {
+		l.fds = append(l.fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
+	}
 	l.look = l.poll
 	return l
 }
 
 // wait serves the sources until the device has something, and returns false when nothing has happened
-// for a while. It calls check after each event.
+// for a while or somebody else has something to do. It calls check after each event.
 func (l *lingerer) wait(check func()) bool {
-	for {
+	others := l.fds[1+len(l.sources):]
+	for n := 0; n < maxLinger || len(others) == 0; n++ {
 		// Whom the last event has made runnable. Twice: every 61st time the scheduler looks first where it has
 		// put us, and nobody else has run.
 		runtime.Gosched()
 		runtime.Gosched()
-		n, err := l.waiter.Wait(linger, l.look)
+		ready, err := l.waiter.Wait(linger, l.look)
 		if err == unix.EINTR {
 			continue
 		}
-		if err != nil || n == 0 {
+		if err != nil || ready == 0 {
 			return false
 		}
 		for i := range l.sources {
@@ -73,7 +81,13 @@ func (l *lingerer) wait(check func()) bool {
 		if l.fds[0].Revents != 0 {
 			return true
 		}
+		for i := range others {
+			if others[i].Revents != 0 {
+				return false
+			}
+		}
 	}
+	return false
 }
 
 // poll returns how many of fds have events.

@@ -53,7 +53,7 @@ func TestLinger(t *testing.T) {
 			}()
 		}),
 		serve("b", b, func() { signal(t, dev) }),
-	})
+	}, nil)
 	if l == nil {
 		t.Fatal("no lingerer for a device with a descriptor")
 	}
@@ -72,14 +72,48 @@ func TestLinger(t *testing.T) {
 func TestNoLinger(t *testing.T) {
 	source := []Source{{FD: eventfd(t), Serve: func() {}}}
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(2))
-	if newLingerer(&fdDevice{fd: eventfd(t)}, source) != nil {
+	if newLingerer(&fdDevice{fd: eventfd(t)}, source, nil) != nil {
 		t.Error("a lingerer with two processors")
 	}
 	runtime.GOMAXPROCS(1)
-	if newLingerer(&replay{}, source) != nil {
+	if newLingerer(&replay{}, source, nil) != nil {
 		t.Error("a lingerer without a descriptor")
 	}
-	if newLingerer(&fdDevice{fd: eventfd(t)}, nil) != nil {
+	if newLingerer(&fdDevice{fd: eventfd(t)}, nil, nil) != nil {
 		t.Error("a lingerer without sources")
+	}
+}
+
+// Somebody else's event ends it, and is left to him; what has come at the same time is served. Nor do events of one's own keep
+// him waiting for ever.
+func TestLingerOthers(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	dev, own, other := eventfd(t), eventfd(t), eventfd(t)
+	served := 0
+	l := newLingerer(&fdDevice{fd: dev}, []Source{{FD: own, Serve: func() {
+		var buf [8]byte
+		unix.Read(own, buf[:])
+		served++
+	}}}, []int{other})
+	check := func() {}
+	signal(t, own)
+	signal(t, other)
+	if l.wait(check) || served != 1 {
+		t.Errorf("served %d, and went on beside somebody else's event", served)
+	}
+	signal(t, dev)
+	if !l.wait(check) {
+		t.Error("somebody else's event hides the device's")
+	}
+	var buf [8]byte
+	for _, fd := range []int{dev, other} {
+		if n, err := unix.Read(fd, buf[:]); n != len(buf) || err != nil {
+			t.Errorf("an event that was nobody's to take: %d, %v", n, err)
+		}
+	}
+	served = 0
+	signal(t, own)
+	if l.wait(func() { signal(t, own) }) || served != maxLinger {
+		t.Errorf("%d events of one's own in a row, wanted %d", served, maxLinger)
 	}
 }

@@ -65,6 +65,10 @@ type Config struct {
 	// where that is faster. They must not depend on it.
 	Beside []Source
 
+	// Others are descriptors that are readable when somebody else in this process, whom Go's poller tells, has something to
+	// do. The goroutine that reads the first device lets him. They stay his, and outlast Run.
+	Others []int
+
 	// Log gets life events at Info and flows at Debug; nil discards.
 	Log *slog.Logger
 
@@ -258,7 +262,7 @@ func (s *Stack) Run(ctx context.Context) error {
 	for i, d := range s.devs {
 		r := newReader(s, d)
 		if i == 0 {
-			if r.near = newLingerer(d, s.cfg.Beside); r.near != nil {
+			if r.near = newLingerer(d, s.cfg.Beside, s.cfg.Others); r.near != nil {
 				r.acks = new(ackHolder)
 				s.link.acks.Store(r.acks)
 			}

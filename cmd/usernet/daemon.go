@@ -90,6 +90,7 @@ type daemon struct {
 	boot    string
 	log     *slog.Logger
 	ns      *netns.NS // the shared one
+	taps    *tapSet
 	files   int
 	started time.Time
 	control *api.Server
@@ -137,6 +138,9 @@ func openDaemon(ctx context.Context, path string, log *slog.Logger) (_ *daemon, 
 		return nil, err
 	}
 	if d.ns, err = openShared(); err != nil {
+		return nil, err
+	}
+	if d.taps, err = newTAPSet(); err != nil {
 		return nil, err
 	}
 	d.control, err = api.Listen(api.Config{
@@ -361,6 +365,9 @@ func (d *daemon) close() error {
 	}
 	if d.control != nil {
 		errs = append(errs, d.control.Close())
+	}
+	if d.taps != nil {
+		errs = append(errs, d.taps.close())
 	}
 	if d.ns != nil {
 		errs = append(errs, d.ns.Close())

@@ -41,7 +41,7 @@ func (d *daemon) netOptions(n network.Network, br *bridge.Bridge) *options {
 			host4: network.Host4, host6: n.Host6,
 		},
 		portPath: portdriver.PathAuto, apiSocket: apiNone,
-		dns: true, internal: n.Internal, domain: n.Domain,
+		dns: true, internal: n.Internal, domain: n.Domain, others: []int{d.taps.fd},
 	}
 	if n.Subnet6.IsValid() {
 		o.plan.linkLocal = netip.MustParseAddr("fe80::2")
@@ -65,6 +65,9 @@ func (d *daemon) netOptions(n network.Network, br *bridge.Bridge) *options {
 		}
 		l := tapLink(dev)
 		l.close = dev.Detach // the bridge keeps its port for who comes after
+		if err := d.taps.add(l.fds...); err != nil {
+			return nil, errors.Join(err, l.close())
+		}
 		return l, nil
 	}
 	return o

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 
@@ -107,7 +108,7 @@ func openEngine(ctx context.Context, o *options, where netns.Config, log *slog.L
 	}
 	e.forward.Bind(e.stack)
 	if len(e.link.fds) > 0 {
-		if err := e.forward.Linger(e.link.fds...); err != nil {
+		if err := e.forward.Linger(slices.Concat(e.link.fds, o.others)...); err != nil {
 			return nil, err
 		}
 	}
@@ -241,6 +242,7 @@ func (e *engine) stackConfig() (stack.Config, error) {
 		Extra:     p.extra(),
 		MaxDials:  e.forward.MaxDials(),
 		Beside:    e.forward.Sources(),
+		Others:    o.others,
 		LinkLocal: p.linkLocal,
 		Log:       e.log,
 	}

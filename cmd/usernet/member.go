@@ -56,6 +56,9 @@ func (m *member) open(ctx context.Context, sn *sharedNet, rec network.Member, po
 	if m.cable, err = sn.bridge.Attach(ctx, m.ns, config); err != nil {
 		return err
 	}
+	if err := m.d.taps.add(m.cable.FDs()...); err != nil {
+		return err
+	}
 	if err := m.ns.Rest(); err != nil { // a helper is some megabytes, which few members need for longer
 		return err
 	}

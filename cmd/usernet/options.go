@@ -47,6 +47,7 @@ type options struct {
 
 	// Of a shared network, whose daemon makes these options itself: the link that it opens, who has which name and address.
 	uplink   func(context.Context) (*link, error) // nil: none
+	others   []int                                // readable when another part of this process has something to do; of a shared network
 	internal bool                                 // no way out
 	domain   string                               // the first of the search list
 	namesFor func(client netip.Addr) dns.Names    // nil: the host's names alone

@@ -211,6 +211,16 @@ func (c *Cable) makeTAPs(ctx context.Context, member *netns.NS) (err error) {
 // Kind is Veth or TAPs.
 func (c *Cable) Kind() Kind { return c.kind }
 
+// FDs are readable when Run has frames to carry; none of a veth. They are valid until Run ends or the cable is closed.
+func (c *Cable) FDs() (fds []int) {
+	if c.kind == TAPs {
+		for _, d := range []*tap.Device{c.inner, c.outer} {
+			fds = append(fds, d.Queues()[0].FD())
+		}
+	}
+	return fds
+}
+
 // Adopted tells whether the member's end was there before.
 func (c *Cable) Adopted() bool { return c.adopted }
 

@@ -294,3 +294,36 @@ func TestConfigRefused(t *testing.T) {
 		t.Errorf("a TAP in the place of a bridge: %v", err)
 	}
 }
+
+// What waits to be carried can be waited for: of two TAPs what the member's end has told when it came up. A veth needs nobody.
+func TestFDs(t *testing.T) {
+	s := newSite(t, 1500)
+	for n, kind := range []int{0, 2} {
+		c, err := s.b.Attach(t.Context(), kinds[kind].space(t, s).Open(t), config(n+1, kinds[kind].kind))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		fds := c.FDs()
+		if c.Kind() == bridge.Veth {
+			if len(fds) > 0 {
+				t.Errorf("%s: descriptors %v", kinds[kind].name, fds)
+			}
+			continue
+		}
+		if len(fds) != 2 {
+			t.Fatalf("%s: descriptors %v", kinds[kind].name, fds)
+		}
+		poll := []unix.PollFd{{Fd: int32(fds[0]), Events: unix.POLLIN}}
+		for {
+			ready, err := unix.Poll(poll, -1)
+			if err == unix.EINTR {
+				continue
+			}
+			if ready != 1 || poll[0].Revents != unix.POLLIN {
+				t.Errorf("%s: %+v, %v", kinds[kind].name, poll, err)
+			}
+			break
+		}
+	}
+}
