@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/netip"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -21,6 +22,10 @@ type TCPConfig struct {
 	DialTimeout time.Duration
 
 	MaxFlows int // dials included; see LimitsFor
+
+	// Shared says that several containers are behind the stack: an address that has a quarter of MaxFlows gets none of the last eighth,
+	// which is for the others.
+	Shared bool
 }
 
 func (c TCPConfig) withDefaults(l Limits) TCPConfig {
@@ -43,6 +48,9 @@ type tcpCounts struct {
 	refused, timedOut atomic.Uint64
 	forbidden         atomic.Uint64
 	dropped           atomic.Uint64
+
+	mu sync.Mutex
+	of map[netip.Addr]int // how many flows each container's address has; TCPConfig.Shared only
 }
 
 // TCPStats are the counts of TCP.
@@ -86,8 +94,8 @@ func (f *Forwarder) ServeTCP(ctx context.Context, r *stack.TCPRequest) {
 		r.Reject(verdict.Reason)
 		return
 	}
-	if int(c.flows.Add(1)) > f.cfg.TCP.MaxFlows {
-		c.flows.Add(-1)
+	src := r.Src.Addr()
+	if !c.begin(src, f.cfg.TCP) {
 		c.dropped.Add(1)
 		f.noFile(unix.EMFILE)
 		r.Reject(errSilent)
@@ -95,7 +103,7 @@ func (f *Forwarder) ServeTCP(ctx context.Context, r *stack.TCPRequest) {
 	}
 	fd, err := f.dialTCP(ctx, dst)
 	if err != nil {
-		c.flows.Add(-1)
+		c.end(src)
 		f.countDial(err)
 		f.log.Debug("dial", "src", r.Src, "dst", r.Dst, "host", dst, "err", err)
 		r.Reject(err)
@@ -104,14 +112,48 @@ func (f *Forwarder) ServeTCP(ctx context.Context, r *stack.TCPRequest) {
 	c.dialled.Add(1)
 	conn, err := r.Accept()
 	if err != nil {
-		c.flows.Add(-1)
+		c.end(src)
 		relay.Reset(fd)
 		f.log.Debug("handshake with the container", "src", r.Src, "dst", r.Dst, "err", err)
 		return
 	}
 	f.log.Debug("flow", "src", r.Src, "dst", r.Dst, "host", dst)
 	// Join owns both ends from here on, also when it fails.
-	_, _ = f.relay.Join(conn, fd, relay.Options{Done: func(error) { c.flows.Add(-1) }})
+	_, _ = f.relay.Join(conn, fd, relay.Options{Done: func(error) { c.end(src) }})
+}
+
+// begin counts a flow, unless there is no room for one from src.
+func (c *tcpCounts) begin(src netip.Addr, cfg TCPConfig) bool {
+	n := int(c.flows.Add(1))
+	ok := n <= cfg.MaxFlows
+	if ok && cfg.Shared {
+		c.mu.Lock()
+		if ok = n <= cfg.MaxFlows-cfg.MaxFlows/8 || c.of[src] < cfg.MaxFlows/4; ok {
+			if c.of == nil {
+				c.of = make(map[netip.Addr]int)
+			}
+			c.of[src]++
+		}
+		c.mu.Unlock()
+	}
+	if !ok {
+		c.flows.Add(-1)
+	}
+	return ok
+}
+
+// end counts it no more.
+func (c *tcpCounts) end(src netip.Addr) {
+	c.flows.Add(-1)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch c.of[src] {
+	case 0: // not Shared
+	case 1:
+		delete(c.of, src) // sources that are gone take no memory
+	default:
+		c.of[src]--
+	}
 }
 
 // dialTCP returns a connected socket.

@@ -494,6 +494,46 @@ func TestTCPManyShortConnections(t *testing.T) {
 	}
 }
 
+// Where containers share MaxFlows, whoever has taken most of it leaves an eighth to the others; alone it has all.
+func TestTCPMaxFlowsShared(t *testing.T) {
+	greedy, other := netip.MustParseAddr("10.0.2.100"), netip.MustParseAddr("10.0.2.101")
+	for _, shared := range []bool{false, true} {
+		var c tcpCounts
+		cfg := TCPConfig{MaxFlows: 64, Shared: shared}
+		took := 0
+		for c.begin(greedy, cfg) {
+			took++
+		}
+		want := 64
+		if shared {
+			want = 56
+		}
+		if took != want {
+			t.Errorf("shared %v: one address has %d flows, want %d", shared, took, want)
+		}
+		if !shared {
+			continue
+		}
+		for i := range 8 {
+			if !c.begin(other, cfg) {
+				t.Errorf("another address has %d flows, want 8", i)
+			}
+		}
+		if c.begin(other, cfg) {
+			t.Error("there are more than MaxFlows")
+		}
+		for range 8 {
+			c.end(other)
+		}
+		for range took {
+			c.end(greedy)
+		}
+		if n := c.flows.Load(); n != 0 || len(c.of) != 0 {
+			t.Errorf("%d flows and %d addresses are left, want none", n, len(c.of))
+		}
+	}
+}
+
 // Beyond MaxFlows a SYN is dropped, and its repetition finds room again.
 func TestTCPMaxFlows(t *testing.T) {
 	w := newTCPWorld(t, Config{TCP: TCPConfig{MaxFlows: 1}})

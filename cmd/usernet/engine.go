@@ -185,6 +185,7 @@ func (e *engine) forwarderConfig(files int) forwarder.Config {
 		},
 		Outbound: e.o.outbound,
 		MaxFiles: files,
+		TCP:      forwarder.TCPConfig{Shared: e.o.uplink != nil},
 		Log:      e.log,
 	}
 }
