@@ -95,6 +95,38 @@ func TestSharedJoinAfterDaemonKilled(t *testing.T) {
 	}
 }
 
+// Members that die together are gone together, and those that stay lose nothing.
+func TestSharedManyDie(t *testing.T) {
+	needs(t, "ping", "ip")
+	c := newCrew(t)
+	links := func() int { return strings.Count(c.do(t, "netns", "exec", "web", "--", "ip", "-o", "link"), "\n") }
+	before := links()
+	var dying []*container
+	for i := range 8 {
+		m, _ := c.joined(t, "web", fmt.Sprintf("dying%d", i), "-p", fmt.Sprintf("%d:80", 7440+i))
+		dying = append(dying, m)
+	}
+	ping := c.members["a"].start(t, nil, "ping", "-O", "-i", "0.01", "-c", "100", c.was["b"].IPv4)
+	ping.has(t, "icmp_seq=10 ")
+	for _, m := range dying {
+		if err := syscall.Kill(m.pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "they are gone", func() bool { return len(c.inspect(t, "web").Members) == len(c.was) })
+	if n := links(); n != before {
+		t.Errorf("%d interfaces are left, and %d were before", n, before)
+	}
+	c.same(t)
+	ping.wait(t)
+	if out := ping.out.String(); !strings.Contains(out, "100 packets transmitted, 100 received") {
+		t.Errorf("those that stay lost packets:\n%s", tail(out))
+	}
+	again, _ := c.joined(t, "web", "dying0", "-p", "7440:80")
+	again.net.serve(t, "tcp", ":80", echo)
+	mustReach(t, lab.outside, joinHostPort(hostAddr4, 7440))
+}
+
 // Without its keeper the daemon goes on, and the next command starts a keeper, which starts the daemon again.
 func TestSharedKeeperKilled(t *testing.T) {
 	needs(t, "dig")

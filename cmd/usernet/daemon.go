@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"usernet/api"
@@ -44,6 +45,9 @@ const (
 	// idleAfter is how long the daemon waits for a member to come. An entry speaks to it before it asks for anything, and
 	// has as long for that.
 	idleAfter = 5 * time.Second
+
+	// endAtOnce is how many members that ended together are taken apart at a time.
+	endAtOnce = 16
 
 	// changePatience is what one change may take; the kernel needs some milliseconds for each of its parts.
 	changePatience = 20 * time.Second
@@ -283,10 +287,20 @@ func (d *daemon) reap(ctx context.Context) error {
 			return nil
 		case m := <-d.ended:
 			d.mu.Lock()
-			if d.members[m.key] == m {
-				d.log.Info("a member is gone", "network", m.key.network, "name", m.key.name)
-				d.drop(m)
+			var gone []*member
+			for more := true; more; {
+				if d.members[m.key] == m {
+					d.log.Info("a member is gone", "network", m.key.network, "name", m.key.name)
+					gone = append(gone, m)
+					delete(d.members, m.key) // it may say so twice: its process has ended, and its cable
+				}
+				select {
+				case m = <-d.ended: // many end together
+				default:
+					more = false
+				}
 			}
+			d.drop(gone...)
 			d.mu.Unlock()
 		case <-d.suspect:
 			if err := d.lookForPorts(ctx); err != nil && ctx.Err() == nil {
@@ -315,28 +329,44 @@ func (d *daemon) lookForPorts(ctx context.Context) error {
 			return fmt.Errorf("network %q: somebody has removed its bridge %s or its uplink %s", name, sn.is.Bridge(), sn.is.Uplink())
 		}
 	}
+	var gone []*member
 	for _, m := range d.members {
 		if _, there := of[m.port]; !there {
 			d.log.Info("a member's interface is gone, and so is the member", "network", m.key.network, "name", m.key.name)
-			d.drop(m)
+			gone = append(gone, m)
 		}
 	}
+	d.drop(gone...)
 	return nil
 }
 
-// drop ends a membership, whatever of it is left. mu is held.
-func (d *daemon) drop(m *member) {
-	delete(d.members, m.key)
-	if err := m.close(true); err != nil {
-		d.log.Warn("a member's end", "network", m.key.network, "name", m.key.name, "error", err)
+// drop ends memberships, whatever of them is left. The kernel takes tens of milliseconds to remove a TAP, and removes some at a time.
+// mu is held.
+func (d *daemon) drop(gone ...*member) {
+	g := errgroup.Group{}
+	g.SetLimit(endAtOnce)
+	for _, m := range gone {
+		delete(d.members, m.key)
+		g.Go(func() error {
+			if err := m.close(true); err != nil {
+				d.log.Warn("a member's end", "network", m.key.network, "name", m.key.name, "error", err)
+			}
+			if _, err := d.set.Leave(m.key.network, m.key.name); err != nil {
+				d.log.Warn("a member's end", "network", m.key.network, "name", m.key.name, "error", err)
+			}
+			return nil
+		})
 	}
-	if _, err := d.set.Leave(m.key.network, m.key.name); err != nil {
-		d.log.Warn("a member's end", "network", m.key.network, "name", m.key.name, "error", err)
+	_ = g.Wait()
+	if len(gone) == 0 {
+		return
 	}
 	if err := d.save(); err != nil {
-		d.log.Error("the end of a membership is not recorded", "network", m.key.network, "name", m.key.name, "error", err)
+		d.log.Error("the end of memberships is not recorded", "members", len(gone), "error", err)
 	}
-	d.shutUnused(m.key.network)
+	for _, m := range gone {
+		d.shutUnused(m.key.network)
+	}
 	d.touch()
 }
 
