@@ -399,6 +399,9 @@ func TestPortsMany(t *testing.T) {
 // Where the helper in the namespace is killed its clients are served by the stack, under their own address; of servers on the
 // container's loopback it is said that they are not reached.
 func TestPortsHelperKilled(t *testing.T) {
+	if raceDetector {
+		return // it needs cgo, with which there is no sandbox that keeps another helper from being started
+	}
 	p := publish(t, "-p", "8080:8080", "-p", "8081:8081", "-p", "9053:9053/udp")
 	p.c.net.serveTCP(t, ":8080", tellPeer)
 	p.c.net.serveTCP(t, "127.0.0.1:8081", tellPeer)

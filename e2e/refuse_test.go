@@ -84,6 +84,9 @@ var surroundings = map[string]func(t testing.TB) (where, *container){
 
 // A host that refuses a part of the sandbox gets the network with a weaker one and is told, rather than none.
 func TestRefusedCalls(t *testing.T) {
+	if raceDetector {
+		return // it needs cgo, with which there is no sandbox
+	}
 	servers := echoServers(t)
 	all := slices.Sorted(maps.Keys(refusable))
 	all = slices.DeleteFunc(all, func(name string) bool { return name == "capset" }) // a helper could not keep its rights
@@ -144,6 +147,9 @@ func TestNoInotify(t *testing.T) {
 // Roots that are not as usual: nowhere to write, kernel settings that cannot be changed, as containers and initramfs
 // have it, and a /proc that shows each user only its own processes, among which are the container's.
 func TestOddRoots(t *testing.T) {
+	if raceDetector {
+		return // it needs cgo, with which there is no sandbox
+	}
 	needs(t, "setpriv")
 	servers := echoServers(t)
 	readOnly := func(dirs string) string {

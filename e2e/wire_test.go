@@ -321,10 +321,21 @@ func (w *wire) count(kind string) {
 	w.seen[kind]++
 }
 
+// saw tells whether each of the kinds was seen.
+func (w *wire) saw(kinds []string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return !slices.ContainsFunc(kinds, func(k string) bool { return w.seen[k] == 0 })
+}
+
 // right stops looking, fails the test for what was wrong, and for each of the kinds that was not seen. It returns
 // how many of each were.
 func (w *wire) right(t testing.TB, kinds ...string) map[string]int {
 	t.Helper()
+	// The last of a connection's segments may be on their way when its ends have been closed.
+	for end := time.Now().Add(5 * time.Second); !w.saw(kinds) && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond)
+	}
 	w.stop()
 	for _, s := range w.wrong {
 		t.Error(s)
