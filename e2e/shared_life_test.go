@@ -127,6 +127,46 @@ func TestSharedManyDie(t *testing.T) {
 	mustReach(t, lab.outside, joinHostPort(hostAddr4, 7440))
 }
 
+// Of members and networks that are gone no file is left, whoever was killed.
+func TestSharedLeavesNoFiles(t *testing.T) {
+	s := newSharing(t)
+	s.do(t, "network", "create", "web")
+	s.joined(t, "web", "left")
+	var dead []*container
+	for _, name := range []string{"dead", strings.Repeat("long", 15)} {
+		c, _ := s.joined(t, "web", name)
+		dead = append(dead, c)
+	}
+	files := func(pattern string) []string {
+		all, err := filepath.Glob(filepath.Join(s.dir, pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return all
+	}
+	if got := files("web/*"); len(got) != 3 {
+		t.Fatalf("the members' sockets are %v, want 3", got)
+	}
+	s.kill(t, "usernet-keeper", "usernet-daemon")
+	for _, c := range dead {
+		syscall.Kill(c.pid, syscall.SIGKILL)
+		<-c.ended
+	}
+	s.do(t, "network", "ls")
+	if got := files("web/*"); len(got) != 1 {
+		t.Errorf("there are %v, want the socket of the one member", got)
+	}
+	s.do(t, "detach", "web", "left")
+	if got := files("web/*"); len(got) != 0 {
+		t.Errorf("there are %v, want none", got)
+	}
+	s.do(t, "network", "rm", "web")
+	eventually(t, "daemon and keeper end", func() bool { return len(s.processes()) == 0 })
+	if got := append(files("web"), files("*.sock")...); len(got) != 0 {
+		t.Errorf("there are %v, want none", got)
+	}
+}
+
 // Without its keeper the daemon goes on, and the next command starts a keeper, which starts the daemon again.
 func TestSharedKeeperKilled(t *testing.T) {
 	needs(t, "dig")

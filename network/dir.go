@@ -123,6 +123,26 @@ func (d *Dir) Socket(network, member string) (string, error) {
 	return socketIn(filepath.Join(d.path, network), member), nil
 }
 
+// RemoveSocket removes the control socket of a member that is gone, which a daemon that was killed has left. That there is none is no error.
+func (d *Dir) RemoveSocket(network, member string) error {
+	if err := errors.Join(checkName("network", network), checkName("name", member)); err != nil {
+		return err
+	}
+	name := filepath.Base(socketIn(filepath.Join(d.path, network), member))
+	if err := d.root.Remove(filepath.Join(network, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// RemoveNetwork removes the folder of a network that is removed, with all that is left in it. That there is none is no error.
+func (d *Dir) RemoveNetwork(network string) error {
+	if err := checkName("network", network); err != nil {
+		return err
+	}
+	return d.root.RemoveAll(network)
+}
+
 func socketIn(dir, member string) string {
 	path := filepath.Join(dir, member+".sock")
 	if len(path) <= maxSocket {

@@ -297,3 +297,29 @@ func TestSocket(t *testing.T) {
 		t.Error(got) // too long, whatever the name: who binds it says so
 	}
 }
+
+// What was left of members and networks goes, and nothing outside of it.
+func TestDirRemoves(t *testing.T) {
+	d := openDir(t)
+	for _, member := range []string{"db", strings.Repeat("n", 63)} {
+		path, err := d.Socket("web", member)
+		want(t, err, nil)
+		want(t, os.WriteFile(path, nil, 0o600), nil)
+		want(t, d.RemoveSocket("web", member), nil)
+		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is still there: %v", path, err)
+		}
+		want(t, d.RemoveSocket("web", member), nil) // there is none
+	}
+	path, err := d.Socket("web", "db")
+	want(t, err, nil)
+	want(t, os.WriteFile(path, nil, 0o600), nil)
+	want(t, d.RemoveNetwork("web"), nil)
+	if _, err := os.Lstat(filepath.Dir(path)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the network's folder is still there: %v", err)
+	}
+	want(t, d.RemoveNetwork("web"), nil)
+	want(t, d.RemoveNetwork(".."), ErrInvalid)
+	want(t, d.RemoveSocket("web", "../x"), ErrInvalid)
+	want(t, d.RemoveSocket("..", "x"), ErrInvalid)
+}

@@ -177,7 +177,7 @@ func (d *daemon) Remove(_ context.Context, name string) error {
 		return err
 	}
 	d.shutUnused(name)
-	return d.save()
+	return errors.Join(d.save(), d.dir.RemoveNetwork(name))
 }
 
 // Attach makes a namespace a member.
@@ -349,6 +349,9 @@ func (d *daemon) restore(ctx context.Context) error {
 		d.log.Warn("a recorded member is not there any more", "network", f.n.Name, "name", f.rec.Name, "reason", f.err)
 		if _, err := d.set.Leave(f.n.Name, f.rec.Name); err != nil {
 			return err
+		}
+		if err := d.dir.RemoveSocket(f.n.Name, f.rec.Name); err != nil {
+			d.log.Warn("a member's control socket is left", "network", f.n.Name, "name", f.rec.Name, "error", err)
 		}
 		d.shutUnused(f.n.Name)
 	}
