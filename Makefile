@@ -52,7 +52,7 @@ race: ## every test with the race detector (needs a C compiler)
 fuzz: ## each fuzz target for FUZZTIME (10s)
 	@FUZZTIME=$(FUZZTIME) .ci/test fuzz
 
-bench: build ## usernet beside slirp4netns, pasta and rootlesskit: half an hour; BENCHFLAGS=-help
+bench: build ## usernet beside slirp4netns, pasta and rootlesskit: some 35 minutes; BENCHFLAGS=-help
 	@GO=$(GO) bench/setup
 	@$(GOBUILD) -o bin/bench ./bench
 	@bin/bench $(BENCHFLAGS)

@@ -7,7 +7,7 @@
 // It runs itself once more in a network namespace of its own, which is "host" and has no other link than the one
 // to "outside": nothing leaves the machine. The machine's root has the peers and the containers run by an
 // ordinary user; an ordinary user makes the lab in a user namespace. All of it is processes that die with their parent,
-// and goes with them, however bench ends.
+// and goes with them, however bench ends; the daemons of shared networks end for want of members.
 //
 // A peer is a program that gives a container a network; a limit is the same load without one. Both are contenders:
 // a client, a server and the address that leads from one to the other. An axis is something measured of a contender.
@@ -18,6 +18,6 @@
 // standard input, so that no word of control goes through the network that is measured.
 //
 // The files, in the order in which a run meets them: main, stage, lab, remote (an agent's near end), agent
-// (its far end), tcp, udp and iperf (loads), source, peer, publish, rootlesskit, contender, axis, proc (CPU, memory, foreign load), run, stats, target,
+// (its far end), tcp, udp and iperf (loads), source, peer, publish, rootlesskit, shared, contender, axis, proc (CPU, memory, foreign load), run, stats, target,
 // report, markdown, plot.
 package main
