@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // A sharing is home's shared mode, in a runtime directory of the test's own, so that its keeper and its daemon are too.
@@ -75,27 +77,30 @@ func (s *sharing) pid(t testing.TB, name string) int {
 	return pids[0]
 }
 
-// kill ends processes as nothing else would, and waits until they are gone.
+// kill ends processes as nothing else would, and waits until they are gone with all they had open: the command line of a process that
+// ends is empty before its files are closed, so only a pidfd tells (exit_mm comes before exit_files, and exit_notify last: kernel/exit.c).
 func (s *sharing) kill(t testing.TB, names ...string) {
 	t.Helper()
-	var pids []int
+	var ends []unix.PollFd
 	for _, name := range names {
-		pids = append(pids, s.pid(t, name))
+		fd, err := unix.PidfdOpen(s.pid(t, name), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		ends = append(ends, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
 	}
-	for _, pid := range pids {
-		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+	for _, e := range ends {
+		if err := unix.PidfdSendSignal(int(e.Fd), unix.SIGKILL, nil, 0); err != nil {
 			t.Fatal(err)
 		}
 	}
-	eventually(t, "they are gone", func() bool {
-		for _, pid := range pids {
-			text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-			if err == nil && len(text) > 0 {
-				return false
-			}
-		}
-		return true
-	})
+	for i := range ends {
+		eventually(t, names[i]+" is gone", func() bool {
+			n, err := unix.Poll(ends[i:i+1], 0)
+			return err == nil && n == 1
+		})
+	}
 }
 
 // do runs usernet, which must succeed.
