@@ -304,7 +304,8 @@ const socketPatience = time.Second
 // join gives the client, and end or the socket inside, to the relay.
 func (c *conn) join(end relay.End) error {
 	f := c.f
-	o := relay.Options{Done: c.ended, Count: &f.count}
+	// So are the Kit's sockets, and bindTo's.
+	o := relay.Options{Done: c.ended, Count: &f.count, Prepared: f.spec.HostPath == ""}
 	var j *relay.Joint
 	if end != nil {
 		j, _ = f.d.cfg.Loop.Join(end, c.fd, o) // on an error it has closed both, and called Done

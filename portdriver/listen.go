@@ -6,6 +6,8 @@ import (
 	"net/netip"
 
 	"golang.org/x/sys/unix"
+
+	"usernet/forwarder/relay"
 )
 
 // backlog is how many connections may wait to be accepted, as far as net.core.somaxconn allows.
@@ -157,6 +159,7 @@ func (f *forward) bindTo(family int, sa unix.Sockaddr, v6only int) (call string,
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
 			return "setsockopt", err
 		}
+		relay.Prepare(fd)
 	}
 	err = unix.Bind(fd, sa)
 	if f.spec.udp() && f.spec.HostPort != 0 && errors.Is(err, unix.EADDRINUSE) {

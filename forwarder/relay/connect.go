@@ -66,9 +66,6 @@ func sysConnect(fd int, to netip.AddrPort) error {
 
 // connected reports whether the outcome of a connect is there.
 func connected(fd int) (bool, error) {
-	if err := socketError(fd); err != nil {
-		return true, os.NewSyscallError("connect", err)
-	}
 	var state struct { // the beginning of struct tcp_info
 		State uint8
 		_     [3]uint8
@@ -81,7 +78,6 @@ func connected(fd int) (bool, error) {
 	case synSent:
 		return false, nil
 	case closed:
-		// The error came between the two questions.
 		if err := socketError(fd); err != nil {
 			return true, os.NewSyscallError("connect", err)
 		}

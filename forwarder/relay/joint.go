@@ -13,6 +13,9 @@ type Options struct {
 	Done func(err error)
 
 	Count *Count // the octets are added here too, unless nil
+
+	// Prepared tells of the sockets to be joined that they are of TCP and have what Prepare sets.
+	Prepared bool
 }
 
 // Count counts the octets of any number of Joints.
@@ -79,7 +82,7 @@ func (l *Loop) Join(end End, fd int, o Options) (*Joint, error) {
 	// Until the socket is watched too, s counts as queued already, so that nobody pumps it.
 	s.queued.Store(true)
 	end.OnReady(s.onReady)
-	prepare(fd)
+	ready(fd, o.Prepared)
 	// EPOLLPRI: a read stops before an urgent octet.
 	if err := s.w.add(&s.entry, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP|unix.EPOLLPRI, fd); err != nil {
 		s.finish(err)

@@ -43,7 +43,6 @@ type Listener struct {
 func (l *Loop) Listen(fd int, accepted func(fd int, from netip.AddrPort)) (*Listener, error) {
 	ln := &Listener{fd: fd, accepted: accepted}
 	ln.w, ln.job = l.worker(), ln
-	prepare(fd)
 	if err := ln.w.add(&ln.entry, unix.EPOLLIN, fd); err != nil {
 		sysClose(fd)
 		return nil, err

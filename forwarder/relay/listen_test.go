@@ -93,6 +93,44 @@ func TestListen(t *testing.T) {
 	}
 }
 
+// Options.Prepared relies on it.
+func TestAssumeAcceptedInherits(t *testing.T) {
+	for _, address := range []string{"127.0.0.1:0", "[::1]:0"} {
+		lc := net.ListenConfig{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) error {
+			return c.Control(func(fd uintptr) {
+				if !Prepare(int(fd)) {
+					t.Error("it is not known for a socket of TCP")
+				}
+			})
+		}}
+		ln, err := lc.Listen(t.Context(), "tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		c, err := net.Dial("tcp", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		raw, err := ln.(*net.TCPListener).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var fd int
+		var errno error
+		if err := raw.Control(func(from uintptr) { fd, _, errno = unix.Accept4(int(from), unix.SOCK_CLOEXEC) }); err != nil || errno != nil {
+			t.Fatal(err, errno)
+		}
+		defer unix.Close(fd)
+		for _, o := range [][2]int{{unix.IPPROTO_TCP, unix.TCP_NODELAY}, {unix.SOL_SOCKET, unix.SO_KEEPALIVE}} {
+			if is, err := unix.GetsockoptInt(fd, o[0], o[1]); is == 0 || err != nil {
+				t.Errorf("%s: option %d of level %d is %d, %v", address, o[1], o[0], is, err)
+			}
+		}
+	}
+}
+
 func TestPeerWithZone(t *testing.T) {
 	var sa unix.RawSockaddrAny
 	in := unix.RawSockaddrInet6{Family: unix.AF_INET6, Port: swapped(80), Addr: netip.MustParseAddr("fe80::1").As16(), Scope_id: 7}

@@ -105,14 +105,22 @@ func (l *Loop) Sources(each func(fd int, serve func())) {
 // worker picks the worker for another socket.
 func (l *Loop) worker() *worker { return l.workers[l.next.Add(1)%uint32(len(l.workers))] }
 
-// prepare sets on a socket what a relay needs, and tells whether it is one of TCP. TCP_NODELAY: Nagle's delay is
-// the sender's business. OOBINLINE: an urgent octet stays in its place. Keepalive with the host's own times finds
-// peers that vanished. What a listener has of this, those whom it accepts inherit.
-func prepare(fd int) (tcp bool) {
+// Prepare sets on a socket what a relay needs and a listener hands on to those whom it accepts, and tells whether it is
+// one of TCP. TCP_NODELAY: Nagle's delay is the sender's business. SO_KEEPALIVE, with the host's own times, finds
+// peers that vanished.
+func Prepare(fd int) (tcp bool) {
 	if sysSetsockopt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) != nil {
 		return false // AF_UNIX has none of these
 	}
-	_ = sysSetsockopt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
 	_ = sysSetsockopt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
 	return true
+}
+
+// ready is for sockets about to be joined: Prepare, unless that was done, and SO_OOBINLINE, which nobody inherits. An urgent
+// octet stays in its place by it.
+func ready(fd int, prepared bool) (tcp bool) {
+	if tcp = prepared || Prepare(fd); tcp {
+		_ = sysSetsockopt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
+	}
+	return tcp
 }

@@ -79,7 +79,7 @@ func (l *Loop) newPair(host, container int, o Options) *pair {
 	p.w, p.job, p.options = l.worker(), p, o
 	p.begin()
 	for i, fd := range [2]int{host, container} {
-		tcp := prepare(fd)
+		tcp := ready(fd, o.Prepared)
 		// A read of an AF_UNIX socket is short also where descriptors came with the octets.
 		p.sides[i] = side{fd: fd, most: firstRead, tcp: tcp, thorough: !tcp}
 	}
@@ -232,7 +232,9 @@ func (p *pair) move(i int) (more bool, err error) {
 			p.breakSide(i, os.NewSyscallError("recv", err)) // the error is off the socket now: what is left is the end
 			continue
 		case n == 0:
-			from.ended = true
+			if from.ended = true; to.ended {
+				return false, nil // both sides are closed now, which tells it as well
+			}
 			return false, p.passEnd(to)
 		}
 		moved += n

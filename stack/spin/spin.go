@@ -18,18 +18,21 @@ const (
 	// worth is how many of 256 of the last waits, roughly, must have ended within longest.
 	worth = 160
 
-	// A yield that took longer than shared has let somebody run. The processor is not idle then, and a thread that
-	// sleeps comes back sooner than one that yields. Past taken it was somebody with much to do: no looking for
-	// rest.
-	shared = 10 * time.Microsecond
-	taken  = 200 * time.Microsecond
-	rest   = 250 * time.Millisecond
+	// A yield that took longer than taken has let somebody run who has much to do, and a thread that sleeps comes back
+	// sooner than one that yields: no looking for a rest, which lasts twice as long each time, and half as long
+	// after a look that found something. Shorter ones are no reason to sleep. A thread that is woken is put beside its waker,
+	// and so the two ends of a conversation and who stands between would share one processor for ever with another one
+	// idle; one that stays runnable is moved there, and stays (kernel/sched/fair.c, wake_affine and sched_balance_rq).
+	taken       = 200 * time.Microsecond
+	leastRest   = time.Millisecond
+	longestRest = 256 * time.Millisecond
 )
 
 // A Waiter is one thread's. The zero Waiter is ready; it begins to look once waits have been short.
 type Waiter struct {
-	short int       // of 256 of the last waits: those that ended within longest
-	pause time.Time // no looking until then
+	short int           // of 256 of the last waits: those that ended within longest
+	pause time.Time     // no looking until then
+	rest  time.Duration // the last one
 	slept uint
 }
 
@@ -52,16 +55,16 @@ func (w *Waiter) Wait(timeout time.Duration, poll func(time.Duration) (int, erro
 			unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 			n, err = poll(0)
 			now := time.Now()
-			took := now.Sub(last)
-			if took > taken {
-				w.pause = now.Add(rest)
+			switch {
+			case now.Sub(last) > taken:
+				w.rest = min(max(2*w.rest, leastRest), longestRest)
+				w.pause = now.Add(w.rest)
+			case n != 0:
+				w.rest /= 2
 			}
 			if n != 0 || err != nil {
 				w.note(true)
 				return n, err
-			}
-			if took > shared {
-				break
 			}
 			last = now
 		}

@@ -3,6 +3,7 @@ package spin
 import (
 	"errors"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -40,6 +41,50 @@ func TestWait(t *testing.T) {
 }
 
 // Events that come soon are looked for without sleeping, once there have been some, and no more after some that did not.
+// Who gives the processor away for long with each yield looks less and less often, and more often again once that is over.
+func TestWaitRests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := Waiter{short: 256}
+		looks, hog := 0, true
+		wait := func() {
+			looks = -1
+			w.Wait(time.Second, func(timeout time.Duration) (int, error) {
+				if timeout > 0 {
+					return 1, nil
+				}
+				looks++
+				switch {
+				case looks == 0:
+					return 0, nil
+				case hog:
+					time.Sleep(taken + time.Microsecond)
+					return 0, nil
+				}
+				return 1, nil
+			})
+		}
+		for want := leastRest; want <= longestRest; want *= 2 {
+			w.short = 256
+			if wait(); looks != 1 || w.rest != want {
+				t.Fatalf("%d looks beside a hog, then a rest of %v; want 1, %v", looks, w.rest, want)
+			}
+			if wait(); looks != 0 {
+				t.Fatalf("%d looks during a rest of %v", looks, want)
+			}
+			time.Sleep(want + 1)
+		}
+		w.short = 256
+		if wait(); looks != 1 || w.rest != longestRest {
+			t.Errorf("%d looks, then a rest of %v; want 1, %v", looks, w.rest, longestRest)
+		}
+		hog = false
+		time.Sleep(longestRest + 1)
+		if wait(); looks != 1 || w.rest != longestRest/2 {
+			t.Errorf("%d looks without the hog, and the next rest follows one of %v; want 1, %v", looks, w.rest, longestRest/2)
+		}
+	})
+}
+
 func TestWaitLooksWhereItPays(t *testing.T) {
 	var w Waiter
 	now := time.Now()

@@ -96,8 +96,9 @@ type option struct {
 }
 
 var (
-	plainOptions = []option{ // of TCP
+	plainOptions = []option{ // of TCP: what package relay needs
 		{unix.IPPROTO_TCP, unix.TCP_NODELAY, "TCP_NODELAY", 1}, // what comes has waited where it was sent, if it had to
+		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, "SO_KEEPALIVE", 1},
 	}
 	transparent4 = append([]option{{unix.IPPROTO_IP, unix.IP_TRANSPARENT, "IP_TRANSPARENT", 1}}, transparentOptions...)
 	transparent6 = append([]option{{unix.IPPROTO_IPV6, unix.IPV6_TRANSPARENT, "IPV6_TRANSPARENT", 1}}, transparentOptions...)
