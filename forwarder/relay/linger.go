@@ -43,9 +43,20 @@ func (l *Loop) Linger(others ...int) error {
 		}
 	}
 	for _, fd := range others {
-		if err := sysEpollCtl(l.others, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN}); err != nil {
-			return fmt.Errorf("linger beside descriptor %d: %w", fd, err)
+		if err := l.Heed(fd); err != nil {
+			return err
 		}
+	}
+	return nil
+}
+
+// Heed adds one to the others, until it is closed, if somebody lingers. It may be called at any time.
+func (l *Loop) Heed(fd int) error {
+	if l.others == 0 {
+		return nil
+	}
+	if err := sysEpollCtl(l.others, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN}); err != nil {
+		return fmt.Errorf("linger beside descriptor %d: %w", fd, err)
 	}
 	return nil
 }

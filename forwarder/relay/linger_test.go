@@ -56,10 +56,13 @@ func TestLinger(t *testing.T) {
 		w.epoll.Remove(r.fd)
 		return r.pumped
 	}
+	a, b, c := eventfd(t), eventfd(t), eventfd(t)
+	if err := l.Heed(c); err != nil {
+		t.Fatal(err)
+	}
 	if n := lingered(); n != 0 {
 		t.Errorf("%d events without Linger", n)
 	}
-	a, b := eventfd(t), eventfd(t)
 	if err := l.Linger(a); err != nil {
 		t.Fatal(err)
 	}
@@ -71,7 +74,10 @@ func TestLinger(t *testing.T) {
 			t.Errorf("%d events in a row, want %d", n, maxLinger)
 		}
 	}
-	for _, other := range []int{a, b, a} {
+	if err := l.Heed(c); err != nil {
+		t.Fatal(err)
+	}
+	for _, other := range []int{a, b, c, a} {
 		stir(other)
 		if n := lingered(); n > 1 {
 			t.Errorf("%d events while another descriptor has one", n)
@@ -83,6 +89,9 @@ func TestLinger(t *testing.T) {
 	}
 	if err := l.Linger(a); err == nil {
 		t.Error("a descriptor is taken twice")
+	}
+	if err := l.Heed(-1); err == nil {
+		t.Error("no descriptor is taken for one")
 	}
 }
 

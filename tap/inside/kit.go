@@ -127,6 +127,9 @@ func (k *Kit) Sockets() error {
 // is bound to one of them is hardly a service. It is read once.
 func (k *Kit) Ephemeral() (low, high uint16) { return k.ephemeral[0], k.ephemeral[1] }
 
+// Answers is netns.NS.Answers: what Run waits for while it makes sockets.
+func (k *Kit) Answers() int { return k.ns.Answers() }
+
 // Doubt has Run look whether the routing is as it was set up, and put back what the container took away; once a second
 // at most. Call it where a transparent connection got no answer.
 func (k *Kit) Doubt() {

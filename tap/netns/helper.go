@@ -192,6 +192,20 @@ func (n *NS) callHelperLocked(ctx context.Context, name string, args []byte, sen
 	return reply, fds, err
 }
 
+// Answers is a descriptor that is readable when the helper has answered, for a program that keeps Go's poller from looking
+// for long. It is the NS's, and closed with that helper. -1: there is none.
+func (n *NS) Answers() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	fd := -1
+	if n.helper != nil {
+		if raw, err := n.helper.conn.SyscallConn(); err == nil {
+			_ = raw.Control(func(its uintptr) { fd = int(its) })
+		}
+	}
+	return fd
+}
+
 func (h *helper) call(ctx context.Context, name string, args []byte, sent []int) ([]byte, []int, error) {
 	interrupted := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {

@@ -345,6 +345,34 @@ func TestRestEndsHelperUntilNextCall(t *testing.T) {
 	}
 }
 
+func TestAnswers(t *testing.T) {
+	n := taptest.NewNS(t, taptest.OwnerRoot).Open(t)
+	n.UseHelper()
+	if fd := n.Answers(); fd != -1 {
+		t.Errorf("descriptor %d before there is a helper", fd)
+	}
+	if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	fd := []unix.PollFd{{Fd: int32(n.Answers()), Events: unix.POLLIN}}
+	if events, err := unix.Poll(fd, 0); events != 0 || err != nil {
+		t.Errorf("poll between two calls: %d, %v", events, err)
+	}
+	// The end of the helper is an event too.
+	if err := unix.Kill(n.HelperPID(), unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if events, err := unix.Poll(fd, 10_000); events != 1 || err != nil {
+		t.Errorf("poll after the helper's end: %d, %v", events, err)
+	}
+	if err := n.Rest(); err != nil {
+		t.Log(err) // it was killed
+	}
+	if fd := n.Answers(); fd != -1 {
+		t.Errorf("descriptor %d after the helper's end", fd)
+	}
+}
+
 // What an operation leaves for the end is done whatever ends the helper.
 func TestAtEnd(t *testing.T) {
 	ns := taptest.NewNS(t, taptest.OwnerRoot)
