@@ -304,7 +304,7 @@ const socketPatience = time.Second
 // join gives the client, and end or the socket inside, to the relay.
 func (c *conn) join(end relay.End) error {
 	f := c.f
-	// So are the Kit's sockets, and bindTo's.
+	// Clients' sockets are as forward.bindTo has prepared the listener, and those inside as the Kit makes them.
 	o := relay.Options{Done: c.ended, Count: &f.count, Prepared: f.spec.HostPath == ""}
 	var j *relay.Joint
 	if end != nil {

@@ -152,11 +152,11 @@ func New(cfg Config) (*Driver, error) {
 	if cfg.Kit != nil {
 		d.kit = cfg.Kit
 		// Else new sockets wait while the old ones are used up, and then every connection does.
-		if fd := cfg.Kit.Answers(); fd >= 0 {
+		cfg.Kit.Heed(func(fd int) {
 			if err := cfg.Loop.Heed(fd); err != nil {
-				return nil, err
+				d.log.Debug("sockets made ahead may be late", "error", err)
 			}
-		}
+		})
 	}
 	if d.cfg.DialTimeout <= 0 {
 		d.cfg.DialTimeout = 10 * time.Second

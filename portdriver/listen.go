@@ -159,7 +159,9 @@ func (f *forward) bindTo(family int, sa unix.Sockaddr, v6only int) (call string,
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
 			return "setsockopt", err
 		}
-		relay.Prepare(fd)
+		if !relay.Prepare(fd) {
+			return "setsockopt", unix.ENOPROTOOPT
+		}
 	}
 	err = unix.Bind(fd, sa)
 	if f.spec.udp() && f.spec.HostPort != 0 && errors.Is(err, unix.EADDRINUSE) {

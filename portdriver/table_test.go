@@ -363,3 +363,28 @@ func BenchmarkAddAndList(b *testing.B) {
 		d.Close()
 	}
 }
+
+// Clients' sockets inherit what the relay needs: see join.
+func TestListenersArePrepared(t *testing.T) {
+	d := bare(t, nil)
+	for _, text := range []string{"0:80", "127.0.0.1:0:80", "[::1]:0:80"} {
+		specs, err := ParseSpec(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fs, err := d.open(specs)
+		if err != nil || len(fs) != 1 || len(fs[0].fds) == 0 {
+			t.Fatalf("%s: %d forwards, %v", text, len(fs), err)
+		}
+		for _, fd := range fs[0].fds {
+			for _, o := range [][2]int{{unix.IPPROTO_TCP, unix.TCP_NODELAY}, {unix.SOL_SOCKET, unix.SO_OOBINLINE}, {unix.SOL_SOCKET, unix.SO_KEEPALIVE}} {
+				if is, err := unix.GetsockoptInt(fd, o[0], o[1]); is == 0 || err != nil {
+					t.Errorf("%s: option %d of level %d is %d, %v", text, o[1], o[0], is, err)
+				}
+			}
+		}
+		if err := fs[0].stop(); err != nil {
+			t.Error(err)
+		}
+	}
+}

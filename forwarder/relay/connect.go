@@ -73,6 +73,7 @@ func connected(fd int) (bool, error) {
 	if err := sysGetsockopt(fd, unix.IPPROTO_TCP, unix.TCP_INFO, unsafe.Pointer(&state), uint32(unsafe.Sizeof(state))); err != nil {
 		return true, err
 	}
+	// An error counts only where it has ended the connection, so that the state is asked for first.
 	const synSent, closed = 2, 7 // include/net/tcp_states.h
 	switch state.State {
 	case synSent:

@@ -82,7 +82,9 @@ func (l *Loop) Join(end End, fd int, o Options) (*Joint, error) {
 	// Until the socket is watched too, s counts as queued already, so that nobody pumps it.
 	s.queued.Store(true)
 	end.OnReady(s.onReady)
-	ready(fd, o.Prepared)
+	if !o.Prepared {
+		Prepare(fd)
+	}
 	// EPOLLPRI: a read stops before an urgent octet.
 	if err := s.w.add(&s.entry, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP|unix.EPOLLPRI, fd); err != nil {
 		s.finish(err)

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -50,12 +51,14 @@ func (l *Loop) Linger(others ...int) error {
 	return nil
 }
 
-// Heed adds one to the others, until it is closed, if somebody lingers. It may be called at any time.
+// Heed adds one to the others, until it is closed, if somebody lingers; one that is among them stays. It may be called while Run
+// is at work, but not beside Linger or Close.
 func (l *Loop) Heed(fd int) error {
 	if l.others == 0 {
 		return nil
 	}
-	if err := sysEpollCtl(l.others, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN}); err != nil {
+	err := sysEpollCtl(l.others, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN})
+	if err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("linger beside descriptor %d: %w", fd, err)
 	}
 	return nil

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -93,41 +94,92 @@ func TestListen(t *testing.T) {
 	}
 }
 
+// plainListener returns a socket that was prepared before it listened, and its port. It is of TCP, where Go's are of MPTCP.
+func plainListener(t *testing.T, sa unix.Sockaddr) (fd int, port uint16) {
+	t.Helper()
+	family := unix.AF_INET
+	if _, v6 := sa.(*unix.SockaddrInet6); v6 {
+		family = unix.AF_INET6
+	}
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !Prepare(fd) {
+		t.Error("a socket of TCP is not known for one")
+	}
+	if err := errors.Join(unix.Bind(fd, sa), unix.Listen(fd, 16)); err != nil {
+		t.Fatal(err)
+	}
+	switch at, _ := unix.Getsockname(fd); at := at.(type) {
+	case *unix.SockaddrInet4:
+		return fd, uint16(at.Port)
+	case *unix.SockaddrInet6:
+		return fd, uint16(at.Port)
+	}
+	t.Fatal("the listener has no port")
+	return -1, 0
+}
+
 // Options.Prepared relies on it.
 func TestAssumeAcceptedInherits(t *testing.T) {
-	for _, address := range []string{"127.0.0.1:0", "[::1]:0"} {
-		lc := net.ListenConfig{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) error {
-			return c.Control(func(fd uintptr) {
-				if !Prepare(int(fd)) {
-					t.Error("it is not known for a socket of TCP")
-				}
-			})
-		}}
-		ln, err := lc.Listen(t.Context(), "tcp", address)
-		if err != nil {
-			t.Fatal(err)
+	for name, sa := range map[string]unix.Sockaddr{
+		"127.0.0.1": &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}},
+		"::1":       &unix.SockaddrInet6{Addr: netip.IPv6Loopback().As16()},
+		"::":        &unix.SockaddrInet6{},
+	} {
+		fd, port := plainListener(t, sa)
+		defer unix.Close(fd)
+		host := name
+		if name == "::" {
+			host = "127.0.0.1"
 		}
-		defer ln.Close()
-		c, err := net.Dial("tcp", ln.Addr().String())
+		c, err := net.Dial("tcp", net.JoinHostPort(host, strconv.Itoa(int(port))))
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		raw, err := ln.(*net.TCPListener).SyscallConn()
+		accepted, _, err := unix.Accept4(fd, unix.SOCK_CLOEXEC)
 		if err != nil {
 			t.Fatal(err)
 		}
-		var fd int
-		var errno error
-		if err := raw.Control(func(from uintptr) { fd, _, errno = unix.Accept4(int(from), unix.SOCK_CLOEXEC) }); err != nil || errno != nil {
-			t.Fatal(err, errno)
-		}
-		defer unix.Close(fd)
-		for _, o := range [][2]int{{unix.IPPROTO_TCP, unix.TCP_NODELAY}, {unix.SOL_SOCKET, unix.SO_KEEPALIVE}} {
-			if is, err := unix.GetsockoptInt(fd, o[0], o[1]); is == 0 || err != nil {
-				t.Errorf("%s: option %d of level %d is %d, %v", address, o[1], o[0], is, err)
+		defer unix.Close(accepted)
+		for _, o := range [][2]int{{unix.IPPROTO_TCP, unix.TCP_NODELAY}, {unix.SOL_SOCKET, unix.SO_OOBINLINE}, {unix.SOL_SOCKET, unix.SO_KEEPALIVE}} {
+			if is, err := unix.GetsockoptInt(accepted, o[0], o[1]); is == 0 || err != nil {
+				t.Errorf("%s: option %d of level %d is %d, %v", name, o[1], o[0], is, err)
 			}
 		}
+	}
+}
+
+// A client's urgent octets that come while the container is dialled stay in their places, the first of two as well.
+func TestUrgentBeforeTheJoin(t *testing.T) {
+	l, _ := running(t)
+	fd, port := plainListener(t, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})
+	accepted := make(chan int, 1)
+	ln, err := l.Listen(fd, func(fd int, _ netip.AddrPort) { accepted <- fd })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	client, err := net.Dial("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(int(port))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	h := <-accepted
+	urgent(t, client, "1")
+	urgent(t, client, "2")
+	if _, err := client.Write([]byte("rest")); err != nil {
+		t.Fatal(err)
+	}
+	c, server := tcpSide(t)
+	if _, err := l.JoinSockets(h, c, Options{Prepared: true}); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len("12rest"))
+	if _, err := io.ReadFull(server, got); err != nil || string(got) != "12rest" {
+		t.Errorf("read %q, %v", got, err)
 	}
 }
 

@@ -105,22 +105,14 @@ func (l *Loop) Sources(each func(fd int, serve func())) {
 // worker picks the worker for another socket.
 func (l *Loop) worker() *worker { return l.workers[l.next.Add(1)%uint32(len(l.workers))] }
 
-// Prepare sets on a socket what a relay needs and a listener hands on to those whom it accepts, and tells whether it is
-// one of TCP. TCP_NODELAY: Nagle's delay is the sender's business. SO_KEEPALIVE, with the host's own times, finds
-// peers that vanished.
+// Prepare sets on a socket what a relay needs, and tells whether it is one of TCP. TCP_NODELAY: Nagle's delay is
+// the sender's business. SO_OOBINLINE: an urgent octet stays in its place. SO_KEEPALIVE, with the host's own times, finds
+// peers that vanished. A socket of TCP that was prepared before it listened gives all three to those that it accepts.
 func Prepare(fd int) (tcp bool) {
 	if sysSetsockopt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) != nil {
 		return false // AF_UNIX has none of these
 	}
+	_ = sysSetsockopt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
 	_ = sysSetsockopt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
 	return true
-}
-
-// ready is for sockets about to be joined: Prepare, unless that was done, and SO_OOBINLINE, which nobody inherits. An urgent
-// octet stays in its place by it.
-func ready(fd int, prepared bool) (tcp bool) {
-	if tcp = prepared || Prepare(fd); tcp {
-		_ = sysSetsockopt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
-	}
-	return tcp
 }

@@ -28,7 +28,7 @@ const (
 
 // pair is a connection of which both ends are sockets of the kernel.
 //
-//	host ── recv ─▶ the worker's buffer ── send ─▶ container        FIN: shutdown(SHUT_WR)   RST: close with linger 0
+//	host ── recv ─▶ the worker's buffer ── send ─▶ container        FIN: shutdown(SHUT_WR), the second: close   RST: close with linger 0
 //	host ◀── send ── the worker's buffer ◀── recv ── container
 //
 // What a side has not taken waits in the other's rest, and until it has gone nothing more is read there. A busy
@@ -79,7 +79,7 @@ func (l *Loop) newPair(host, container int, o Options) *pair {
 	p.w, p.job, p.options = l.worker(), p, o
 	p.begin()
 	for i, fd := range [2]int{host, container} {
-		tcp := ready(fd, o.Prepared)
+		tcp := o.Prepared || Prepare(fd)
 		// A read of an AF_UNIX socket is short also where descriptors came with the octets.
 		p.sides[i] = side{fd: fd, most: firstRead, tcp: tcp, thorough: !tcp}
 	}

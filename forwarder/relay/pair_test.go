@@ -475,27 +475,30 @@ func TestPairsWhenTheLoopStops(t *testing.T) {
 	}
 }
 
+// urgent sends an urgent octet.
+func urgent(t testing.TB, c net.Conn, octet string) {
+	t.Helper()
+	raw, err := c.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := raw.Control(func(fd uintptr) {
+		if err := unix.Sendto(int(fd), []byte(octet), unix.MSG_OOB, nil); err != nil {
+			t.Error(err)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // A read stops before an urgent octet. What follows it must not wait for the next event.
 func TestPairUrgent(t *testing.T) {
 	l, _ := running(t)
 	h, client := tcpSide(t)
 	c, server := tcpSide(t)
-	raw, err := client.(*net.TCPConn).SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	send := func(s string, flags int) {
-		if err := raw.Control(func(fd uintptr) {
-			if err := unix.Sendto(int(fd), []byte(s), flags, nil); err != nil {
-				t.Error(err)
-			}
-		}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	send("before", 0)
-	send("!", unix.MSG_OOB)
-	send("after", 0)
+	client.Write([]byte("before"))
+	urgent(t, client, "!")
+	client.Write([]byte("after"))
 	if _, err := l.JoinSockets(h, c, Options{}); err != nil {
 		t.Fatal(err)
 	}

@@ -2,7 +2,8 @@
 // before it lets itself be put to sleep.
 //
 // An idle processor takes tens of microseconds to come back, in a virtual machine most of all, and a round
-// trip waits for that twice. The price of looking is the time of a processor that would be idle else.
+// trip waits for that twice. The price of looking is the time of a processor that would be idle else, or a yield where it
+// would not.
 package spin
 
 import (
@@ -32,7 +33,7 @@ const (
 type Waiter struct {
 	short int           // of 256 of the last waits: those that ended within longest
 	pause time.Time     // no looking until then
-	rest  time.Duration // the last one
+	rest  time.Duration // half of the next one
 	slept uint
 }
 

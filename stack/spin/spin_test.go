@@ -40,7 +40,6 @@ func TestWait(t *testing.T) {
 	}
 }
 
-// Events that come soon are looked for without sleeping, once there have been some, and no more after some that did not.
 // Who gives the processor away for long with each yield looks less and less often, and more often again once that is over.
 func TestWaitRests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -85,6 +84,7 @@ func TestWaitRests(t *testing.T) {
 	})
 }
 
+// Events that come soon are looked for without sleeping, once there have been some, and no more after some that did not.
 func TestWaitLooksWhereItPays(t *testing.T) {
 	var w Waiter
 	now := time.Now()

@@ -39,6 +39,7 @@ type Kit struct {
 	cfg Config
 	low int // a stock below that is refilled
 
+	heed      func(fd int) // see Heed
 	diag      diag
 	ephemeral [2]uint16
 
@@ -127,8 +128,12 @@ func (k *Kit) Sockets() error {
 // is bound to one of them is hardly a service. It is read once.
 func (k *Kit) Ephemeral() (low, high uint16) { return k.ephemeral[0], k.ephemeral[1] }
 
-// Answers is netns.NS.Answers: what Run waits for while it makes sockets.
-func (k *Kit) Answers() int { return k.ns.Answers() }
+// Heed has f called, now and whenever the helper has been asked for something, with a descriptor as of netns.NS.Answers: what Run
+// waits for while it makes sockets. It is one and the same until the helper has to be replaced. Call it before Run.
+func (k *Kit) Heed(f func(fd int)) {
+	k.heed = f
+	k.ns.Answers(f)
+}
 
 // Doubt has Run look whether the routing is as it was set up, and put back what the container took away; once a second
 // at most. Call it where a transparent connection got no answer.
@@ -205,6 +210,9 @@ func (k *Kit) call(ctx context.Context, name string, args, reply any) ([]int, er
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callLimit)
 	defer cancel()
 	fds, err := k.ns.CallFDs(ctx, k.ops, name, args, reply)
+	if k.heed != nil {
+		k.ns.Answers(k.heed)
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	switch {

@@ -158,6 +158,7 @@ func TestSocketOptions(t *testing.T) {
 			defer unix.Close(fd)
 			for _, o := range [][3]int{
 				{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
+				{unix.SOL_SOCKET, unix.SO_OOBINLINE, 1},
 				{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
 				{transparent[0], transparent[1], want},
 				{unix.SOL_SOCKET, unix.SO_REUSEADDR, want},

@@ -72,8 +72,8 @@ func (k *Kit) Ready(kind Kind) (fd int, ok bool) {
 	return fd, err == nil && fd >= 0
 }
 
-// Socket returns a socket of the namespace, non-blocking and close-on-exec, one of TCP with TCP_NODELAY and SO_KEEPALIVE,
-// which is the caller's to close. A transparent one has IP_TRANSPARENT (IPV6_TRANSPARENT), Mark, SO_REUSEADDR and
+// Socket returns a socket of the namespace, non-blocking and close-on-exec, one of TCP with TCP_NODELAY, SO_OOBINLINE and
+// SO_KEEPALIVE, which is the caller's to close. A transparent one has IP_TRANSPARENT (IPV6_TRANSPARENT), Mark, SO_REUSEADDR and
 // IP_BIND_ADDRESS_NO_PORT as well: bind it to the client's address and port, and where that is refused, as it is taken or
 // below the namespace's first unprivileged port, to the client's address and port 0. As a rule it lies ready and costs no system
 // call; else Run makes it, and Socket waits until then, or until ctx ends.

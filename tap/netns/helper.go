@@ -192,18 +192,17 @@ func (n *NS) callHelperLocked(ctx context.Context, name string, args []byte, sen
 	return reply, fds, err
 }
 
-// Answers is a descriptor that is readable when the helper has answered, for a program that keeps Go's poller from looking
-// for long. It is the NS's, and closed with that helper. -1: there is none.
-func (n *NS) Answers() int {
+// Answers calls f, if there is a helper, with a descriptor that is readable when that has answered, for a program that keeps
+// Go's poller from looking for long. The descriptor is the NS's, and closed with the helper. It waits for a call that is under way.
+func (n *NS) Answers(f func(fd int)) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	fd := -1
-	if n.helper != nil {
-		if raw, err := n.helper.conn.SyscallConn(); err == nil {
-			_ = raw.Control(func(its uintptr) { fd = int(its) })
-		}
+	if n.helper == nil {
+		return
 	}
-	return fd
+	if raw, err := n.helper.conn.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) { f(int(fd)) })
+	}
 }
 
 func (h *helper) call(ctx context.Context, name string, args []byte, sent []int) ([]byte, []int, error) {

@@ -348,13 +348,12 @@ func TestRestEndsHelperUntilNextCall(t *testing.T) {
 func TestAnswers(t *testing.T) {
 	n := taptest.NewNS(t, taptest.OwnerRoot).Open(t)
 	n.UseHelper()
-	if fd := n.Answers(); fd != -1 {
-		t.Errorf("descriptor %d before there is a helper", fd)
-	}
+	n.Answers(func(fd int) { t.Errorf("descriptor %d before there is a helper", fd) })
 	if _, err := n.Call(t.Context(), ops, "where", struct{}{}, nil); err != nil {
 		t.Fatal(err)
 	}
-	fd := []unix.PollFd{{Fd: int32(n.Answers()), Events: unix.POLLIN}}
+	fd := []unix.PollFd{{Fd: -1, Events: unix.POLLIN}}
+	n.Answers(func(its int) { fd[0].Fd = int32(its) })
 	if events, err := unix.Poll(fd, 0); events != 0 || err != nil {
 		t.Errorf("poll between two calls: %d, %v", events, err)
 	}
@@ -362,15 +361,17 @@ func TestAnswers(t *testing.T) {
 	if err := unix.Kill(n.HelperPID(), unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	if events, err := unix.Poll(fd, 10_000); events != 1 || err != nil {
+	events, err := unix.Poll(fd, 10_000)
+	for err == unix.EINTR {
+		events, err = unix.Poll(fd, 10_000)
+	}
+	if events != 1 || err != nil {
 		t.Errorf("poll after the helper's end: %d, %v", events, err)
 	}
 	if err := n.Rest(); err != nil {
 		t.Log(err) // it was killed
 	}
-	if fd := n.Answers(); fd != -1 {
-		t.Errorf("descriptor %d after the helper's end", fd)
-	}
+	n.Answers(func(fd int) { t.Errorf("descriptor %d after the helper's end", fd) })
 }
 
 // What an operation leaves for the end is done whatever ends the helper.
