@@ -108,8 +108,9 @@ func TestAssumeIperf(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Fewer octets than were sent is no error: the receiver stops counting when the sender is done.
-	if moved, err := parseIperf([]byte(out.(runResult).Stdout)); err != nil || moved.Octets > 16<<20 {
+	// Fewer octets than were asked for is no error: the receiver stops counting when the sender is done. Nor are a block or two more, of
+	// 128 KiB: the sender may count late.
+	if moved, err := parseIperf([]byte(out.(runResult).Stdout)); err != nil || moved.Octets <= 0 || moved.Octets > 17<<20 {
 		t.Errorf("%+v, %v", moved, err)
 	}
 	if err := <-ended; err != nil {

@@ -3,10 +3,11 @@ package main
 import (
 	"cmp"
 	"context"
-	"fmt"
+	"errors"
 	"log/slog"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/rootless-containers/rootlesskit/v3/pkg/port"
 
@@ -18,6 +19,9 @@ import (
 // kitBatch is how many sockets of a kind lie ready for a member: fewer than for a container of its own, as many may share the
 // limit on files.
 const kitBatch = 12
+
+// regainPause lies between two tries to take lost ports back. A try costs a system call or two for each.
+const regainPause = 2 * time.Second
 
 // memberPorts publishes the ports of one member. Its driver comes with the first port: it has a helper in the member's namespace, which
 // is a process of some megabytes.
@@ -34,6 +38,7 @@ type memberPorts struct {
 	kit    *inside.Kit // nil: none, or not yet
 	driver *portdriver.Driver
 	autos  []string
+	lost   []portdriver.Spec // published by the daemon before; somebody else's for now
 	closed bool
 }
 
@@ -42,7 +47,7 @@ func newMemberPorts(m *member, sn *sharedNet, rec network.Member, life context.C
 }
 
 // publish does what -p says. With adopt, when it was published before, a port that is somebody else's by now keeps no other from it; it
-// stays recorded, and the next daemon tries again.
+// stays recorded, and is taken back when it is free.
 func (p *memberPorts) publish(ctx context.Context, what memberPortsSpec, adopt bool) error {
 	if len(what.specs)+len(what.autos) == 0 {
 		return nil
@@ -70,19 +75,48 @@ func (p *memberPorts) publish(ctx context.Context, what memberPortsSpec, adopt b
 		return nil
 	}
 	var first error
-	lost := 0
 	for _, s := range what.specs {
 		if _, err := d.Add(ctx, s); err != nil {
-			lost++
-			if first == nil {
-				first = err
-			}
+			p.lost = append(p.lost, s) // nobody else has p yet
+			first = cmp.Or(first, err)
 		}
 	}
-	if lost == 0 {
-		return nil
+	if len(p.lost) > 0 {
+		p.log.Warn("ports are somebody else's now, and taken back when they are free", "lost", len(p.lost), "published", len(what.specs)-len(p.lost), "error", first)
+		p.m.work.Go(func() { p.regain(d) })
 	}
-	return fmt.Errorf("%d of %d, the first: %w", lost, len(what.specs), first)
+	return nil
+}
+
+// regain takes lost ports back as they become free, but for those that something else was published in place of.
+func (p *memberPorts) regain(d *portdriver.Driver) {
+	tick := time.NewTicker(regainPause)
+	defer tick.Stop()
+	for {
+		select {
+		case <-p.life.Done():
+			return
+		case <-tick.C:
+		}
+		p.recording.Lock()
+		p.mu.Lock()
+		lost := p.lost
+		p.mu.Unlock()
+		left := slices.DeleteFunc(slices.Clone(lost), func(s portdriver.Spec) bool {
+			_, err := d.Add(p.life, s)
+			return err == nil || errors.As(err, new(portdriver.ErrConflict))
+		})
+		p.mu.Lock()
+		p.lost = left
+		p.mu.Unlock()
+		p.recording.Unlock()
+		if len(left) < len(lost) {
+			p.record()
+		}
+		if len(left) == 0 {
+			return
+		}
+	}
 }
 
 // open makes the driver, if there is none yet.
@@ -178,6 +212,11 @@ func (p *memberPorts) record() {
 		}
 	}
 	p.mu.Lock()
+	for _, s := range p.lost {
+		if !slices.Contains(specs, s) {
+			specs = append(specs, s)
+		}
+	}
 	texts := append(slices.Clone(p.autos), portTexts(specs)...)
 	p.mu.Unlock()
 	err := p.m.d.set.SetPorts(p.m.key.network, p.m.key.name, texts)
