@@ -5,7 +5,7 @@
 //	container ── Drain ─▶ writev(fd) ──▶ host        FIN: shutdown(SHUT_WR)   RST: close with linger 0
 //	container ◀── Fill ── recv(fd)  ◀── host        FIN: CloseWrite          RST: Abort
 //
-//	container ── recv ─▶ buffer ── send ─▶ host      FIN: shutdown(SHUT_WR)   RST: close with linger 0
+//	container ── recv ─▶ buffer ── send ─▶ host      FIN: shutdown(SHUT_WR), the second: close   RST: close with linger 0
 //	container ◀─ send ── buffer ◀─ recv ── host
 //
 // A Loop serves all connections with a few workers, each an edge-triggered epoll and a list of

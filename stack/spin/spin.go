@@ -21,7 +21,7 @@ const (
 
 	// A yield that took longer than taken has let somebody run who has much to do, and a thread that sleeps comes back
 	// sooner than one that yields: no looking for a rest, which lasts twice as long each time, and half as long
-	// after a look that found something. Shorter ones are no reason to sleep. A thread that is woken is put beside its waker,
+	// for each look that found something before. Shorter yields are no reason to sleep. A thread that is woken is put beside its waker,
 	// and so the two ends of a conversation and who stands between would share one processor for ever with another one
 	// idle; one that stays runnable is moved there, and stays (kernel/sched/fair.c, wake_affine and sched_balance_rq).
 	taken       = 200 * time.Microsecond

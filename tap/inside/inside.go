@@ -96,7 +96,7 @@ type option struct {
 }
 
 var (
-	plainOptions = []option{ // of TCP: what package relay needs
+	plainOptions = []option{ // of TCP: what relay.Prepare sets
 		{unix.IPPROTO_TCP, unix.TCP_NODELAY, "TCP_NODELAY", 1}, // what comes has waited where it was sent, if it had to
 		{unix.SOL_SOCKET, unix.SO_OOBINLINE, "SO_OOBINLINE", 1},
 		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, "SO_KEEPALIVE", 1},
